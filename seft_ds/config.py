@@ -1,0 +1,172 @@
+"""The "seft" block of a DeepSpeed config: typed, constrained, cross-checked.
+
+Every wrong value is a ValueError that says what came, what was wanted and what to change. "auto" is
+resolved in one place only (`schedule.resolve_interval`, `train`), and the result is logged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Auto = Literal["auto"]
+
+
+class SeftConfig(BaseModel):
+    """Settings of sparsity evolution fine-tuning. Defaults: docs/results.md and algorithm notes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: list[str] | Auto = Field(
+        "auto", description="Names of linear layers to train (suffixes); auto: every pruned one."
+    )
+    density: float = Field(
+        0.01, gt=0, le=1, description="Trainable share of the target weights' entries."
+    )
+    trainable: int | str | None = Field(
+        None,
+        description='Instead of density: a count, or "rank=8" for as many as LoRA of that rank.',
+    )
+    scope: Literal["layer", "global"] = Field(
+        "layer", description="Live count exact per weight, or over all weights together."
+    )
+    waves: bool = Field(True, description="Weights take turns; false: all evolve in the same step.")
+    interval: int | Auto = Field("auto", description="Steps between two events of a weight.")
+    window: int = Field(5, ge=1, description="Steps before an event whose gradients are scored.")
+    drop_fraction: float = Field(
+        0.2, ge=0, le=1, description="Share of slots dropped at first; falls to 0 at stop (cosine)."
+    )
+    stop: float = Field(
+        0.8, gt=0, le=1, description="Share of all steps after which nothing evolves."
+    )
+    start: Literal["random_live", "gradient"] = Field(
+        "random_live", description="Where slots start; gradient: the first event replaces them all."
+    )
+    release: Literal["fold", "revert"] = Field(
+        "fold", description="A dropped slot keeps its trained value, or goes back to its base."
+    )
+    grow: Literal["magnitude", "random"] = Field("magnitude", description="Growth score.")
+    prune: Literal["taylor", "fisher", "magnitude"] = Field("taylor", description="Prune score.")
+    pattern: str = Field("auto", description='N:M pattern: auto (from the zeros), none, or "2:4".')
+    nm: Literal["swap", "fixed"] = Field("swap", description="N:M patterns evolve, or stay fixed.")
+    min_sparsity: float = Field(
+        0.05, gt=0, lt=1, description="A weight with a smaller share of zeros counts as dense."
+    )
+    total_steps: int | Auto = Field("auto", description="Optimizer steps of the whole run.")
+    seed: int = Field(0, ge=0, description="Seed of the random slots.")
+
+    @field_validator("interval", "total_steps")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError('wanted "auto" or a whole number of steps, at least 1')
+        return value
+
+    @field_validator("trainable")
+    @classmethod
+    def _count_or_rank(cls, value: int | str | None) -> int | str | None:
+        ok = value is None or (isinstance(value, int) and value >= 1)
+        if not ok and not re.fullmatch(r"rank=[1-9]\d*", str(value)):
+            raise ValueError('wanted a count of at least 1, or "rank=8"')
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_form(cls, value: str) -> str:
+        if value not in ("auto", "none"):
+            from seft_ds.sparse.pattern import parse
+
+            parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> SeftConfig:
+        if isinstance(self.interval, int) and self.interval < self.window:
+            raise ValueError(
+                f"interval {self.interval} is shorter than window {self.window}: a weight would be "
+                "scored for two events at once; raise interval or lower window"
+            )
+        if self.scope == "global" and self.waves and "waves" in self.model_fields_set:
+            raise ValueError(
+                "scope global decides over all weights in the same step, so it can't run in waves; "
+                "set waves to false"
+            )
+        if self.trainable is not None and "density" in self.model_fields_set:
+            raise ValueError("density and trainable both set the number of slots: give one of them")
+        return self
+
+    @property
+    def in_waves(self) -> bool:
+        """Whether weights take turns; `scope: global` rules it out."""
+        return self.waves and self.scope == "layer"
+
+
+def parse_seft(block: Any) -> SeftConfig:
+    """Check a "seft" block. ValueError for an unknown key (with the nearest right one) or bad value."""
+    if not isinstance(block, dict):
+        raise ValueError(f'"seft" must be an object of settings, got {type(block).__name__}')
+    known = SeftConfig.model_fields
+    for key in block:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f'unknown setting {key!r} in the "seft" block; {hint}')
+    try:
+        return SeftConfig(**block)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a setting: what came, what was wanted, what the setting means."""
+    wanted: dict[str, list[str]] = {}
+    came: dict[str, Any] = {}
+    for e in error.errors():
+        name = str(e["loc"][0]) if e["loc"] else ""
+        came.setdefault(name, e["input"])
+        wanted.setdefault(name, []).append(e["msg"].removeprefix("Value error, "))
+    lines = []
+    for name, messages in wanted.items():
+        text = " or: ".join(dict.fromkeys(messages))
+        if name:
+            about = SeftConfig.model_fields[name].description
+            text = f"{name} = {came[name]!r}: {text} ({about})"
+        lines.append(f'"seft" block: {text}')
+    return "\n".join(lines)
+
+
+def load_deepspeed_config(source: str | Path | dict) -> dict:
+    """A DeepSpeed config as a dict of its own, from a dict or a JSON file, with its "seft" block checked.
+
+    Raises:
+        ValueError: no such file, not JSON, a bad "seft" block, or one without DeepSpeed's ZeRO section.
+    """
+    if isinstance(source, dict):
+        config = json.loads(json.dumps(source))
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"DeepSpeed config {str(path)!r}: no such file")
+        try:
+            config = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"DeepSpeed config {str(path)!r} is not JSON: {error}") from None
+    if "zero_optimization" not in config:
+        raise ValueError(
+            'the DeepSpeed config has no "zero_optimization" section; '
+            'add "zero_optimization": {"stage": 3} (or 2, 1, 0), see ds_configs/'
+        )
+    parse_seft(config.get("seft", {}))
+    return config
+
+
+def with_overrides(config: dict, overrides: dict[str, Any]) -> dict:
+    """The config with flags such as `--seft.interval 60` merged into its "seft" block, checked again."""
+    merged = {**config, "seft": {**config.get("seft", {}), **overrides}}
+    parse_seft(merged["seft"])
+    return merged

@@ -1,0 +1,119 @@
+"""The ranks of a run, and the few things they say to each other.
+
+Everything that talks to other ranks takes a `Ranks` object, so that one code path serves a single
+process, gloo, NCCL, and the threads that the tests use as ranks. World size 1 is not a special case.
+Every method is a collective: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks(Protocol):
+    """What the rest of the code needs of the other ranks."""
+
+    rank: int
+    size: int
+    bytes: int  # payload that this rank has put into collectives so far
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` over all ranks, in place, and return it."""
+        ...
+
+    def sum_to(self, tensor: torch.Tensor, owner: int) -> None:
+        """Add `tensor` over all ranks into `owner`'s copy; the others' contents are then undefined."""
+        ...
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The 1-D tensors of all ranks, in rank order; lengths may differ, dtypes may not."""
+        ...
+
+    def gather_known(self, tensor: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+        """`gather` where every rank already knows all `lengths`: one collective, no host sync."""
+        ...
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Small picklable values of all ranks, in rank order."""
+        ...
+
+    def barrier(self) -> None: ...
+
+
+class ProcessRanks:
+    """`Ranks` over torch.distributed's default group."""
+
+    def __init__(self) -> None:
+        assert dist.is_initialized(), "call init_ranks() first"
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.bytes = 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.bytes += tensor.nbytes
+        dist.all_reduce(tensor)
+        return tensor
+
+    def sum_to(self, tensor: torch.Tensor, owner: int) -> None:
+        self.bytes += tensor.nbytes
+        dist.reduce(tensor, dst=owner)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        tensor = tensor.contiguous()
+        length = torch.tensor([tensor.numel()], dtype=torch.int64, device=tensor.device)
+        lengths = torch.empty(self.size, dtype=torch.int64, device=tensor.device)
+        dist.all_gather_into_tensor(lengths, length)
+        return self.gather_known(tensor, [int(n) for n in lengths.tolist()])
+
+    def gather_known(self, tensor: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+        self.bytes += tensor.nbytes
+        longest = max(lengths)
+        if longest == 0:
+            return [tensor.new_empty(0) for _ in lengths]
+        padded = tensor.new_zeros(longest)
+        padded[: tensor.numel()] = tensor
+        everyone = tensor.new_empty(self.size * longest)
+        dist.all_gather_into_tensor(everyone, padded)
+        return [everyone[r * longest : r * longest + n] for r, n in enumerate(lengths)]
+
+    def gather_object(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def init_ranks() -> ProcessRanks:
+    """Join the run that the launcher (deepspeed, torchrun, srun) announced, or be a run of one.
+
+    Safe to call more than once. Without a launcher's variables it makes a group of one rank on a free
+    local port, so that `python launch/prune.py` runs the same code as eight ranks do.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        import deepspeed
+
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+    return ProcessRanks()
+
+
+def close_ranks() -> None:
+    """Leave together: without it some runs abort at exit, after correct results (deepspeed 0.19.8, gloo)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

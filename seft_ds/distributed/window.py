@@ -1,0 +1,55 @@
+"""The scoring window of one weight: dense gradients of a few steps, summed on their owners.
+
+The gradient of one optimizer step is g; a window keeps G = Σ g (signed) and Q = Σ g² in fp32. g is first
+summed over micro-batches and ranks, so magnitudes and squares are those of the gradient that the
+optimizer sees (mean over ranks, after loss scaling and clipping).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from seft_ds.distributed.collectives import Ranks
+from seft_ds.sparse.shard import shard_range
+from seft_ds.sparse.slot_grad import dense_blocks
+
+
+class Window:
+    """Gradient sums over the positions of one weight that this rank owns."""
+
+    def __init__(self, numel: int, multiple: int, ranks: Ranks, device: torch.device):
+        self._ranks = ranks
+        self._ranges = [shard_range(numel, r, ranks.size, multiple) for r in range(ranks.size)]
+        lo, hi = self._ranges[ranks.rank]
+        self._lo = lo
+        self._step = torch.zeros(hi - lo, dtype=torch.float32, device=device)  # g, still adding up
+        self.G = torch.zeros_like(self._step)
+        self.Q = torch.zeros_like(self._step)
+        self.steps = 0
+
+    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """Add one micro-batch's gradient dyᵀx. dy: (tokens, out); x: (tokens, in).
+
+        A collective, called inside backward: every rank must run the same graph. Each owner's range is
+        formed in bounded row blocks, summed to that owner, and freed.
+        """
+        for owner, (lo, hi) in enumerate(self._ranges):
+            if lo == hi:
+                continue
+            for begin, end, block in dense_blocks(dy, x, lo, hi):
+                block = block.contiguous()
+                self._ranks.sum_to(block, owner)
+                if owner == self._ranks.rank:
+                    self._step[begin - self._lo : end - self._lo] += block
+
+    def finish_step(self, scale: float) -> None:
+        """Close one optimizer step: g times `scale` is what the optimizer saw."""
+        g = self._step.mul_(scale)
+        self.G += g
+        self.Q.addcmul_(g, g)
+        self.steps += 1
+        self._step.zero_()
+
+    def discard_step(self) -> None:
+        """Forget the step: the optimizer skipped it."""
+        self._step.zero_()

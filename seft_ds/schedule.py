@@ -1,0 +1,65 @@
+"""When what happens: a pure function of the step, so that a resumed run continues exactly.
+
+Steps count from 1. The event of a weight comes after an optimizer step; its window is that step and the
+`window - 1` before it. In waves, weight i of N has phase i · interval / N: each evolves once per
+interval, and the windows of different weights are spread evenly over the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+EVENTS_PER_RUN = 40  # what `interval: auto` aims for
+MIN_AUTO_INTERVAL = 10
+
+
+def resolve_interval(interval: int | str, window: int, total_steps: int) -> int:
+    """`auto` means about 40 events a run, but never under 10 steps nor under the window."""
+    if interval == "auto":
+        return max(MIN_AUTO_INTERVAL, window, total_steps // EVENTS_PER_RUN)
+    return int(interval)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of one run. Everything is derived from the step number."""
+
+    total_steps: int
+    interval: int
+    window: int
+    drop_fraction: float
+    stop: float
+    n_targets: int
+    waves: bool = True
+    replace_all_first: bool = False  # `start: gradient`
+
+    def phase(self, target: int) -> int:
+        """Steps by which this weight's events are shifted: 0 ≤ phase < interval."""
+        return target * self.interval // self.n_targets if self.waves else 0
+
+    @property
+    def stop_step(self) -> int:
+        """The last step that may have an event."""
+        return math.floor(self.stop * self.total_steps)
+
+    def rate(self, target: int, step: int) -> float | None:
+        """Share of slots to drop in this weight's event after `step`; None: no event."""
+        if step > self.stop_step:
+            return None
+        own = step - self.phase(target)  # the step as this weight counts
+        if self.replace_all_first and own == self.window:
+            return 1.0
+        first = self.window if self.replace_all_first else 0
+        if own < self.interval or own % self.interval or own - first < self.window:
+            return None
+        rate = self.drop_fraction * 0.5 * (1 + math.cos(math.pi * step / self.stop_step))
+        return rate if rate > 0 else None
+
+    def due(self, step: int) -> list[int]:
+        """The weights that have an event after `step`."""
+        return [i for i in range(self.n_targets) if self.rate(i, step) is not None]
+
+    def in_window(self, target: int, step: int) -> bool:
+        """Whether the gradients of `step` are scored for an event of this weight."""
+        return any(self.rate(target, step + ahead) is not None for ahead in range(self.window))

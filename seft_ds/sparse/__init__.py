@@ -1,0 +1,1 @@
+"""Maths on one rank's tensors. Imports torch only."""

@@ -1,0 +1,104 @@
+"""A linear layer whose weight is frozen, exactly sparse, and trained through its slots.
+
+The weight that the module holds is always the effective one, so the forward pass is the plain dense
+product: no copy of W, no adapter branch. The deltas enter the graph only to receive a gradient: their
+values are already in W (written there after each optimizer step), which is why forward never reads
+them. Backward forms the input gradient and g[j] = Σ_tokens dy[row_j] · x[col_j] at the K slots; inside
+a scoring window it also hands (dy, x) to the window, which sums the dense gradient of this one weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from seft_ds.sparse.slot_grad import slot_gradient
+
+DELTA = "seft_delta"
+POSITION = "seft_position"
+
+
+class GradientSink(Protocol):
+    """Where the dense gradient of a weight goes while the weight is in its window."""
+
+    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """dy: (tokens, out); x: (tokens, in); their product dyᵀx is this micro-batch's gradient."""
+        ...
+
+
+class SlotLinear(torch.autograd.Function):
+    """y = x Wᵀ + b, with a gradient for x and for the deltas, never for W."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,  # (..., in)
+        weight: torch.Tensor,  # (out, in), the effective weight
+        bias: torch.Tensor | None,  # (out,)
+        delta: torch.Tensor,  # (K,)
+        position: torch.Tensor,  # (K,) flat positions
+        sink: GradientSink | None,
+    ) -> torch.Tensor:
+        # The Parameter objects themselves are saved, never a view or `.data`: ZeRO-3 empties them
+        # after forward and fills them again before this module's backward.
+        ctx.save_for_backward(x, weight, position)
+        ctx.delta_dtype = delta.dtype
+        ctx.sink = sink
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:  # type: ignore[override]
+        x, weight, position = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        d_delta = None
+        if ctx.needs_input_grad[3]:
+            d_delta = slot_gradient(flat_dy, flat_x, position).to(ctx.delta_dtype)
+        if ctx.sink is not None:
+            ctx.sink.add(flat_dy, flat_x)
+        return dx, None, None, d_delta, None, None
+
+
+class SeftLinear(nn.Linear):
+    """`nn.Linear` with slots. Made from an existing layer by `add_slots`, never constructed."""
+
+    seft_delta: nn.Parameter
+    seft_position: nn.Parameter
+    # Set by the engine extension; None means that nobody writes the deltas into the weight.
+    seft_runtime: Any
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return nn.functional.linear(input, self.weight, self.bias)
+        if self.seft_runtime is None:
+            raise ValueError(
+                "This model has SEFT slots but no DeepSpeed engine that applies them, so training would "
+                "change nothing. Pass the model to seft_ds.initialize() or deepspeed.initialize() first."
+            )
+        return SlotLinear.apply(
+            input,
+            self.weight,
+            self.bias,
+            self.seft_delta,
+            self.seft_position,
+            self.seft_runtime.open_window(),
+        )
+
+
+def add_slots(module: nn.Linear, position: torch.Tensor) -> None:
+    """Turn a linear layer into a `SeftLinear` in place, with one slot at each of `position` (K,).
+
+    The class is swapped and two parameters are added; names, weight object and hooks stay, so that a
+    layer that ZeRO-3 has already partitioned can be converted without touching its weight.
+    """
+    assert type(module) is nn.Linear, f"expected nn.Linear, got {type(module).__name__}"
+    module.__class__ = SeftLinear
+    assert isinstance(module, SeftLinear)
+    # ZeRO-3 keeps an empty placeholder in `weight`, but its device and dtype are the real ones.
+    like = module.weight
+    delta = torch.zeros(position.numel(), dtype=like.dtype, device=like.device)
+    module.seft_delta = nn.Parameter(delta)
+    module.seft_position = nn.Parameter(position.to(like.device), requires_grad=False)
+    module.seft_runtime = None

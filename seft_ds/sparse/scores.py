@@ -1,0 +1,83 @@
+"""Scores of positions: pure functions of the weight and its window, behind one interface.
+
+Every score is fp32, non-negative, and has one value a position of a shard. Growth takes the largest,
+pruning the smallest. `G` is the signed sum of the step gradients over the window and `Q` the sum of
+their squares; both were reduced over ranks and micro-batches before any magnitude is taken here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from seft_ds.sparse.radix import KEY_MAX
+
+
+@dataclass
+class ScoreInputs:
+    """One shard of one weight at an event."""
+
+    weight: torch.Tensor  # (n,) the effective weights
+    G: torch.Tensor  # (n,) fp32
+    Q: torch.Tensor  # (n,) fp32
+    position: torch.Tensor  # (n,) int64, flat positions in the weight
+    seed: int  # differs between weights and events
+
+
+Score = Callable[[ScoreInputs], torch.Tensor]
+
+
+def gradient_magnitude(inputs: ScoreInputs) -> torch.Tensor:
+    """|G|: how much the loss falls for a small move of this weight (SEFT, arXiv 2505.24037; RigL)."""
+    return inputs.G.abs()
+
+
+def random_score(inputs: ScoreInputs) -> torch.Tensor:
+    """The same for every rank count; isolates what the gradient criterion is worth."""
+    return (hash_keys(inputs.position, inputs.seed) >> 7).to(
+        torch.float32
+    )  # 24 bits: exact in fp32
+
+
+def taylor(inputs: ScoreInputs) -> torch.Tensor:
+    """|w · G|: first-order change of the loss when the weight is removed (SEFT's sensitivity)."""
+    return (inputs.weight.float() * inputs.G).abs_()
+
+
+def fisher(inputs: ScoreInputs) -> torch.Tensor:
+    """w² · Q: second-order change of the loss under the diagonal empirical Fisher."""
+    return inputs.weight.float().square_().mul_(inputs.Q)
+
+
+def weight_magnitude(inputs: ScoreInputs) -> torch.Tensor:
+    """|w|."""
+    return inputs.weight.float().abs()
+
+
+GROW: dict[str, Score] = {"magnitude": gradient_magnitude, "random": random_score}
+PRUNE: dict[str, Score] = {"taylor": taylor, "fisher": fisher, "magnitude": weight_magnitude}
+
+
+def hash_keys(position: torch.Tensor, seed: int) -> torch.Tensor:
+    """Pseudo-random int32 keys in [0, 2³¹) of positions (n,), int64: a function of position and seed.
+
+    A counter-based generator (the finaliser of splitmix64), so that a shard can compute its part
+    without knowing how many ranks there are.
+    """
+    x = position.long() + _as_int64((seed + 1) * 0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _as_int64(0x94D049BB133111EB)
+    x = x ^ _shift_right(x, 31)
+    return (x & KEY_MAX).to(torch.int32)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch's >> copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _as_int64(value: int) -> int:
+    value %= 1 << 64
+    return value - (1 << 64) if value >= 1 << 63 else value

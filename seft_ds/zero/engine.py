@@ -1,0 +1,335 @@
+"""The DeepSpeed engine extension: after each optimizer step, write through, score, evolve.
+
+`extend(engine, ...)` wraps one engine instance. Per optimizer step:
+1. the engine steps the deltas as ordinary parameters;
+2. the new values are written into the weights that the forward pass uses (only the slots change);
+3. weights in their window close the step's gradient; those whose event is due change their topology;
+4. the windows of the next step open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from seft_ds.config import SeftConfig
+from seft_ds.distributed.collectives import Ranks
+from seft_ds.distributed.event import Change, EventSettings, plan
+from seft_ds.schedule import Schedule, resolve_interval
+from seft_ds.sparse import mask
+from seft_ds.zero import optimizer_state, shards
+from seft_ds.zero.attach import AttachedTarget
+from seft_ds.zero.weight_state import WeightState
+
+_GATHER_SLOTS = 1 << 24  # slots whose deltas are gathered at a time: bounds the transient memory
+
+
+class SparseEvolution:
+    """SEFT on one DeepSpeed engine (`engine.seft`). Every public method is a collective."""
+
+    def __init__(
+        self, engine: Any, attached: list[AttachedTarget], config: SeftConfig, ranks: Ranks
+    ):
+        self.engine = engine
+        self.config = config
+        self.ranks = ranks
+        frozen = [p for a in attached for p in (a.module.weight, a.module.seft_position)]
+        shards.never_persist(engine, frozen)
+        self.states = [WeightState(a, engine, ranks) for a in attached]
+        self._slot_ranges = self._learn_slot_ranges()
+        self.settings = EventSettings(
+            config.release, config.grow, config.prune, config.scope, config.nm
+        )
+        self.step = 0  # optimizer steps taken
+        self.schedule: Schedule | None = None
+        self.listeners: list[Callable[[dict], None]] = []  # called with each journal record
+        self.n_events = 0
+        self.event_seconds = 0.0
+        self.event_bytes = 0
+        for state in self.states:
+            state.module.seft_runtime = state
+        if config.total_steps != "auto":
+            self.begin(int(config.total_steps))
+
+    def begin(self, total_steps: int) -> None:
+        """Fix the schedule, once the number of optimizer steps of the whole run is known."""
+        c = self.config
+        self.schedule = Schedule(
+            total_steps=total_steps,
+            interval=resolve_interval(c.interval, c.window, total_steps),
+            window=c.window,
+            drop_fraction=c.drop_fraction,
+            stop=c.stop,
+            n_targets=len(self.states),
+            waves=c.in_waves,
+            replace_all_first=c.start == "gradient",
+        )
+        self._open_windows()
+
+    # One optimizer step, from the engine's point of view.
+
+    def before_step(self) -> float | None:
+        """The gradient norm where DeepSpeed won't report it (ZeRO-0, fp32, clipping on)."""
+        if self.schedule is None:
+            raise ValueError(
+                'SEFT doesn\'t know how many steps the run has: set "total_steps" in the "seft" block, or '
+                "call engine.seft.begin(total_steps) before training"
+            )
+        if self.engine.get_global_grad_norm() is None and optimizer_state.is_replicated(
+            self.engine
+        ):
+            grads = [s.delta.grad for s in self.states if s.delta.grad is not None]
+            return float(torch.stack([g.float().norm() for g in grads]).norm()) if grads else 0.0
+        return None
+
+    def after_step(self, applied: bool, fp32_norm: float | None, learning_rate: float) -> None:
+        """Write through, close windows, evolve, open the next windows."""
+        self.step += 1
+        scale = optimizer_state.gradient_scale(self.engine, fp32_norm) if applied else None
+        assert self.schedule is not None
+        due = self.schedule.due(self.step)
+        deltas = self._write_through(set(due), learning_rate) if applied or due else {}
+        for state in self.states:
+            if state.window is not None:
+                state.window.discard_step() if scale is None else state.window.finish_step(scale)
+        self._evolve(due, deltas)
+        self._open_windows()
+
+    def _open_windows(self) -> None:
+        assert self.schedule is not None
+        for i, state in enumerate(self.states):
+            if self.schedule.in_window(i, self.step + 1):
+                state.begin_window()
+
+    # Deltas into weights.
+
+    def _learn_slot_ranges(self) -> list[list[tuple[int, int]]]:
+        """Which slots [lo, hi) of each target each rank optimizes: [rank][target]. One gather."""
+        mine = [(s.slot_shard.lo, s.slot_shard.hi) for s in self.states]
+        return self.ranks.gather_object(mine)
+
+    def gather_deltas(self, targets: list[int]) -> list[torch.Tensor]:
+        """The fp32 deltas (K,) of some targets, on every rank. One collective; none under ZeRO-0."""
+        if optimizer_state.is_replicated(self.engine):
+            return [self.states[t].slot_shard.master.float() for t in targets]
+        device = self.states[0].live_bits.device
+        local = [self.states[t].slot_shard.master.to(device) for t in targets]
+        sizes = [[hi - lo for lo, hi in (r[t] for t in targets)] for r in self._slot_ranges]
+        parts = self.ranks.gather_known(torch.cat(local), [sum(s) for s in sizes])
+        pieces = [part.split(s) for part, s in zip(parts, sizes, strict=True)]
+        result = []
+        for i, t in enumerate(targets):
+            whole = torch.empty(self.states[t].target.n_slots, dtype=torch.float32, device=device)
+            for r, ranges in enumerate(self._slot_ranges):
+                lo, hi = ranges[t]
+                whole[lo:hi] = pieces[r][i]
+            result.append(whole)
+        return result
+
+    def _buckets(self) -> list[list[int]]:
+        """Targets in runs of bounded slot counts."""
+        buckets: list[list[int]] = [[]]
+        filled = 0
+        for i, state in enumerate(self.states):
+            if buckets[-1] and filled + state.target.n_slots > _GATHER_SLOTS:
+                buckets.append([])
+                filled = 0
+            buckets[-1].append(i)
+            filled += state.target.n_slots
+        return buckets
+
+    def _write_through(self, due: set[int], learning_rate: float) -> dict[int, torch.Tensor]:
+        """base + δ into every weight; returns the deltas of the targets whose event is due."""
+        kept = {}
+        largest = 0.0
+        any_fresh = False
+        for bucket in self._buckets():
+            for i, delta in zip(bucket, self.gather_deltas(bucket), strict=True):
+                state = self.states[i]
+                state.write_through(delta)
+                if state.fresh_slots is not None and state.fresh_slots.numel():
+                    # Fresh slots started at 0, so their value after one step is their update.
+                    largest = max(largest, float(delta[state.fresh_slots].abs().max()))
+                    any_fresh = True
+                state.fresh_slots = None
+                if i in due:
+                    kept[i] = delta
+        if any_fresh:
+            self._tell(kind="fresh", largest_update=largest, learning_rate=learning_rate)
+        return kept
+
+    # Topology.
+
+    def _evolve(self, due: list[int], deltas: dict[int, torch.Tensor]) -> None:
+        """Run the event of the weights that are due. A weight whose whole window was skipped waits."""
+        assert self.schedule is not None
+        ready = [i for i in due if (w := self.states[i].window) is not None and w.steps > 0]
+        for i in set(due) - set(ready):
+            self.states[i].window = None
+        if not ready:
+            return
+        started, bytes_before = time.perf_counter(), self.ranks.bytes
+        changes: dict[int, Change] = {}
+        for rate, group in self._by_rate(ready).items():
+            views = [self.states[i].shard(deltas[i], self._event_seed(i)) for i in group]
+            changes.update(zip(group, plan(views, rate, self.settings, self.ranks), strict=True))
+        for i, change in changes.items():
+            self.states[i].apply(change)
+        counts = self.live_counts(ready)
+        seconds, sent = time.perf_counter() - started, self.ranks.bytes - bytes_before
+        self.n_events += len(ready)
+        self.event_seconds += seconds
+        self.event_bytes += sent
+        for i, live in zip(ready, counts, strict=True):
+            self._record(self.states[i], changes[i], live, seconds / len(ready), sent // len(ready))
+        self._check_counts(ready, counts)
+
+    def _by_rate(self, ready: list[int]) -> dict[float, list[int]]:
+        """Weights that drop the same share are decided together (a first event drops every slot)."""
+        assert self.schedule is not None
+        groups: dict[float, list[int]] = {}
+        for i in ready:
+            rate = self.schedule.rate(i, self.step)
+            assert rate is not None
+            groups.setdefault(rate, []).append(i)
+        return groups
+
+    def _event_seed(self, target: int) -> int:
+        """A different seed for each weight and step, and the same after a resume."""
+        return self.config.seed + self.step * len(self.states) + target
+
+    def _record(
+        self, state: WeightState, change: Change, live: int, seconds: float, sent: int
+    ) -> None:
+        self._tell(
+            kind="event",
+            target=state.target.name,
+            dropped=change.dropped,
+            grown=change.grown,
+            kept=change.kept,
+            revived=int(change.revived.sum()),
+            died=int(change.died.sum()),
+            folded=int(change.folded.sum()),
+            pruned=change.pruned.numel(),
+            live=live,
+            target_live=state.target.target_live,
+            slots=state.target.n_slots,
+            seconds=seconds,
+            bytes=sent,
+        )
+
+    def _tell(self, **record: Any) -> None:
+        for listener in self.listeners:
+            listener({"step": self.step, **record})
+
+    def _check_counts(self, ready: list[int], counts: list[int]) -> None:
+        """Invariant B, after every event."""
+        if self.config.scope == "layer":
+            wanted = [self.states[i].target.target_live for i in ready]
+            assert counts == wanted, f"live counts {counts} after an event, wanted {wanted}"
+        else:
+            assert sum(counts) == sum(s.target.target_live for s in self.states)
+
+    # What others ask for.
+
+    @property
+    def lr(self) -> float:
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    def live_counts(self, targets: list[int] | None = None) -> list[int]:
+        """Live positions of each target, counted from the masks of all ranks."""
+        chosen = self.states if targets is None else [self.states[i] for i in targets]
+        device = self.states[0].live_bits.device
+        counts = torch.tensor([mask.count(s.live_bits) for s in chosen], device=device)
+        return self.ranks.sum_(counts).tolist()
+
+    def changed_positions(self) -> list[int]:
+        """Positions of each target whose live bit differs from the start."""
+        device = self.states[0].live_bits.device
+        counts = [mask.count(s.live_bits ^ s.start_bits) for s in self.states]
+        return self.ranks.sum_(torch.tensor(counts, device=device)).tolist()
+
+    def live_bits(self, target: int) -> torch.Tensor:
+        """The whole live mask of one target, packed, on the CPU of every rank."""
+        whole = torch.cat(self.ranks.gather(self.states[target].live().to(torch.uint8)))
+        return mask.pack(whole.bool()).cpu()
+
+    def check(self) -> None:
+        """Check invariants A to C on every target. Raises RuntimeError naming the weight.
+
+        Reads the shards themselves, not the placeholders that ZeRO-3 leaves in the modules.
+        """
+        problems = []
+        for state in self.states:
+            _, values = shards.owned(state.weight, state.multiple, self.ranks)
+            live = state.live()
+            dead = values[~live]
+            if bool((dead != 0).any()) or bool(torch.signbit(dead).any()):
+                problems.append(f"{state.target.name}: a dead position is not +0.0")
+            rows = state.slots.between(state.lo, state.hi)
+            at = state.slots.position[rows]
+            if not bool(live[at - state.lo].all()):
+                problems.append(f"{state.target.name}: a slot sits on a dead position")
+            if at.unique().numel() != at.numel():
+                problems.append(f"{state.target.name}: two slots share a position")
+        counts = self.live_counts()
+        wanted = [s.target.target_live for s in self.states]
+        if counts != wanted and self.config.scope == "layer" or sum(counts) != sum(wanted):
+            problems.append(f"live counts {counts}, wanted {wanted}")
+        everyone = [p for per_rank in self.ranks.gather_object(problems) for p in per_rank]
+        if everyone:
+            raise RuntimeError("sparsity invariant broken: " + "; ".join(everyone))
+
+
+def extend(
+    engine: Any, attached: list[AttachedTarget], config: SeftConfig, ranks: Ranks
+) -> SparseEvolution:
+    """Make a DeepSpeed engine run SEFT, in place; also reachable as `engine.seft`."""
+    _refuse_untested(engine, attached)
+    seft = SparseEvolution(engine, attached, config, ranks)
+    engine.seft = seft
+    take_step = engine._take_model_step
+
+    def step_and_evolve(lr_kwargs: Any) -> None:
+        fp32_norm, lr = seft.before_step(), seft.lr
+        take_step(lr_kwargs)
+        seft.after_step(engine.was_step_applied(), fp32_norm, lr)
+
+    engine._take_model_step = step_and_evolve
+    return seft
+
+
+def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
+    """ValueError for what would break exactness or has not been tested."""
+    zero = engine._config.zero_config
+    wanted: dict[str, bool] = {
+        "fp16: use bf16 or fp32": engine.fp16_enabled(),
+        "zero_hpz_partition_size > 1": zero.zero_hpz_partition_size > 1,
+        "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
+        "zero_quantized_weights": zero.zero_quantized_weights,
+        "offload_param": zero.offload_param is not None and zero.offload_param.device != "none",
+        "offload_optimizer": zero.offload_optimizer is not None
+        and zero.offload_optimizer.device != "none",
+        "tensor, pipeline or sequence parallel": engine.dp_world_size != engine.world_size,
+    }
+    found = [name for name, present in wanted.items() if present]
+    if found:
+        raise ValueError(
+            f"not supported with SEFT yet: {'; '.join(found)}. Remove it from the DeepSpeed config"
+        )
+    dtype = attached[0].module.weight.dtype
+    expected = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+    if dtype != expected:
+        raise ValueError(
+            f"the weights are {dtype}, but the DeepSpeed config trains in {expected}: load the model with "
+            'that dtype, or set "bf16": {"enabled": ...} to match'
+        )
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The delta vectors: what an optimizer gets."""
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,119 @@
+"""Where the deltas' fp32 master values and their moments are, for each ZeRO stage.
+
+DeepSpeed keeps them in flat buffers (read in DeepSpeed 0.19.8; the table is in docs/deepspeed.md):
+
+| stage  | fp32 master                            | where a parameter is in it            |
+|--------|----------------------------------------|---------------------------------------|
+| 0 fp32 | the parameter itself                   | whole                                 |
+| 0 bf16 | fp32_groups[g][i]                      | whole, in the order of fp16_groups    |
+| 1, 2   | single_partition_of_fp32_groups[g]     | _hp_mapping; None: not on this rank   |
+| 1 bf16, fp32 accumulation | fp32_groups_flat_partition[g] | _hp_mapping               |
+| 3      | fp32_partitioned_groups_flat[g]        | grad_position                         |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from seft_ds.sparse.shard import shard_range
+
+
+@dataclass
+class SlotShard:
+    """The slots [lo, hi) of one delta vector that this rank optimizes."""
+
+    lo: int
+    hi: int
+    flat: torch.Tensor | None  # the tensor that the inner optimizer steps; None: no slot here
+    offset: int  # where slot `lo` is in it
+    optimizer: Any  # the inner optimizer, keyed by `flat`
+
+    @property
+    def master(self) -> torch.Tensor:
+        """fp32 (hi - lo,), a view: writing to it changes the deltas."""
+        if self.flat is None:
+            return torch.empty(0)
+        return self.flat.data.view(-1)[self.offset : self.offset + self.hi - self.lo]
+
+    def moment(self, name: str) -> torch.Tensor | None:
+        """A view of one moment of these slots, (hi - lo,); None before the first step."""
+        state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
+        if name not in state:
+            return None
+        return state[name].view(-1)[self.offset : self.offset + self.hi - self.lo]
+
+
+def is_replicated(engine: Any) -> bool:
+    """ZeRO-0: every rank optimizes every slot."""
+    return engine.zero_optimization_stage() == 0
+
+
+def find(engine: Any, param: nn.Parameter, rank: int, size: int) -> SlotShard:
+    """Locate one delta vector, after deepspeed.initialize.
+
+    Raises:
+        ValueError: the optimizer wrapper is one that we don't know how to edit.
+    """
+    outer = engine.optimizer
+    kind = type(outer).__name__
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        return _stage3(outer, param, rank, size)
+    if kind == "DeepSpeedZeroOptimizer":
+        return _fragment(outer, outer.single_partition_of_fp32_groups, param)
+    if kind == "BF16_Optimizer":
+        return _fragment(outer, outer.fp32_groups_flat_partition, param)
+    if kind == "FP16_UnfusedOptimizer":
+        for group, masters in zip(outer.fp16_groups, outer.fp32_groups, strict=True):
+            for p, master in zip(group, masters, strict=True):
+                if p is param:
+                    return SlotShard(0, master.numel(), master, 0, outer.optimizer)
+    if isinstance(outer, torch.optim.Optimizer) and param.dtype == torch.float32:
+        return SlotShard(0, param.numel(), param, 0, outer)
+    raise ValueError(
+        f"DeepSpeed chose the optimizer wrapper {kind}, whose state SEFT can't edit; use torch AdamW "
+        '("torch_adam": true in the optimizer\'s params) with ZeRO 0, 1, 2 or 3 in fp32 or bf16'
+    )
+
+
+def _stage3(outer: Any, param: nn.Parameter, rank: int, size: int) -> SlotShard:
+    if len(outer.fp32_partitioned_groups_flat) != len(outer.optimizer.param_groups):
+        raise ValueError(
+            "the deltas don't fit one ZeRO-3 sub-group, and SEFT has not been tested with several; "
+            'raise "sub_group_size" in the zero_optimization section above '
+            f"{sum(p.ds_numel for g in outer.fp16_groups for p in g)}"
+        )
+    group, offset, _ = outer.grad_position[outer.get_param_id(param)]
+    lo, hi = shard_range(param.ds_numel, rank, size)
+    flat = outer.fp32_partitioned_groups_flat[group]
+    return SlotShard(lo, hi, flat if hi > lo else None, offset, outer.optimizer)
+
+
+def _fragment(outer: Any, flats: list[torch.Tensor], param: nn.Parameter) -> SlotShard:
+    fragment = param._hp_mapping  # type: ignore[attr-defined]
+    if fragment is None:
+        return SlotShard(0, 0, None, 0, outer.optimizer)
+    lo = fragment.lp_fragment_address.start
+    where = fragment.hp_fragment_address
+    flat = flats[fragment.param_group_index]
+    return SlotShard(lo, lo + where.numel, flat, where.start, outer.optimizer)
+
+
+def gradient_scale(engine: Any, fp32_norm: float | None) -> float | None:
+    """What the summed gradient of all ranks is multiplied by before the optimizer sees it.
+
+    The mean over ranks, times the clipping factor; None if the step's gradients were not finite.
+    fp32_norm: the gradient norm before clipping where DeepSpeed doesn't report one (ZeRO-0, fp32).
+    """
+    limit = engine.gradient_clipping()
+    norm = engine.get_global_grad_norm() if fp32_norm is None else fp32_norm
+    mean = 1.0 / engine.dp_world_size
+    if norm is None or not limit:
+        return mean
+    norm = float(norm)
+    if not torch.isfinite(torch.tensor(norm)):
+        return None
+    return mean / max(1.0, (norm + 1e-6) / limit)

@@ -1,0 +1,191 @@
+"""The run-time state of one target weight on one rank, and how a planned change is applied to it.
+
+A rank keeps the live mask and window sums of the positions that it owns, and a table of the slots that
+lie in what it holds (under ZeRO 0-2 that is the whole weight). Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seft_ds.distributed.collectives import Ranks
+from seft_ds.distributed.event import Change
+from seft_ds.distributed.window import Window
+from seft_ds.optim import adamw
+from seft_ds.sparse import mask
+from seft_ds.sparse.linear import DELTA, POSITION
+from seft_ds.sparse.shard import shard_range
+from seft_ds.sparse.topology import Shard
+from seft_ds.zero import optimizer_state, shards
+from seft_ds.zero.attach import AttachedTarget
+
+
+@dataclass
+class SlotTable:
+    """The slots in the range of positions that a rank must know, by ascending position."""
+
+    position: torch.Tensor  # (s,) int64
+    slot: torch.Tensor  # (s,) int64, index into the delta vector
+    base: torch.Tensor  # (s,) in the weight's dtype
+    born_dead: torch.Tensor  # (s,) bool
+
+    def take(self, index: torch.Tensor) -> SlotTable:
+        return SlotTable(
+            self.position[index], self.slot[index], self.base[index], self.born_dead[index]
+        )
+
+    def between(self, lo: int, hi: int) -> slice:
+        """The rows whose positions lie in [lo, hi)."""
+        bounds = torch.tensor([lo, hi], device=self.position.device)
+        first, last = torch.searchsorted(self.position, bounds).tolist()
+        return slice(first, last)
+
+
+class WeightState:
+    """One target weight: mask, slots, window. Implements `SeftLinear.seft_runtime`."""
+
+    def __init__(self, attached: AttachedTarget, engine: Any, ranks: Ranks):
+        self.target = attached.target
+        self.module = attached.module
+        self.weight = self.module.weight
+        self.delta = self.module._parameters[DELTA]
+        self.position = self.module._parameters[POSITION]
+        assert self.delta is not None and self.position is not None
+        self.multiple = attached.multiple
+        self.ranks = ranks
+        numel = self.target.numel
+        self.lo, self.hi = shard_range(numel, ranks.rank, ranks.size, self.multiple)
+        held_lo, held = shards.held(self.weight, ranks)
+        self.held_lo, self.held_hi = held_lo, held_lo + held.numel()
+        self.live_bits = attached.live_bits.to(held.device)
+        self.start_bits = self.live_bits.clone()
+        self.slots = self._first_slots()
+        self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
+        self.window: Window | None = None
+        self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
+
+    def _first_slots(self) -> SlotTable:
+        position = shards.gather_whole(self.position, self.ranks).long().to(self.live_bits.device)
+        order = position.argsort()
+        table = SlotTable(
+            position[order],
+            order,
+            torch.zeros(position.numel(), dtype=self.weight.dtype, device=position.device),
+            torch.zeros_like(position, dtype=torch.bool),
+        )
+        table = table.take(self._known(table.position).nonzero().squeeze(1))
+        # A base beyond the held range is never written by this rank; events read it for scoring.
+        lo, owned = shards.owned(self.weight, self.multiple, self.ranks)
+        for begin, values in [(lo, owned), shards.held(self.weight, self.ranks)]:
+            rows = table.between(begin, begin + values.numel())
+            table.base[rows] = values[table.position[rows] - begin]
+        return table
+
+    def _known(self, position: torch.Tensor) -> torch.Tensor:
+        """Bool: positions whose slots this rank keeps in its table (held, or owned)."""
+        lo, hi = self.held_lo, self.held_hi
+        if self.hi > self.lo:
+            lo, hi = (min(lo, self.lo), max(hi, self.hi)) if hi > lo else (self.lo, self.hi)
+        return (position >= lo) & (position < hi)
+
+    # What SeftLinear asks for.
+    def open_window(self) -> Window | None:
+        return self.window
+
+    def begin_window(self) -> None:
+        if self.window is None:
+            device = self.live_bits.device
+            self.window = Window(self.target.numel, self.multiple, self.ranks, device)
+
+    def write_through(self, delta: torch.Tensor) -> None:
+        """Put base + δ into the weight at this rank's slots. delta: fp32 (K,), all slots."""
+        lo, values = shards.held(self.weight, self.ranks)
+        rows = self.slots.between(lo, lo + values.numel())
+        new = self.slots.base[rows].float() + delta[self.slots.slot[rows]]
+        values[self.slots.position[rows] - lo] = new.to(values.dtype)
+
+    def live(self) -> torch.Tensor:
+        """Bool (hi - lo,): the live mask of the owned positions."""
+        return mask.unpack(self.live_bits, self.hi - self.lo)
+
+    def shard(self, delta: torch.Tensor, seed: int) -> Shard:
+        """This rank's view of the weight for an event. delta: fp32 (K,). A collective for N:M."""
+        assert self.window is not None and self.window.steps > 0
+        lo, weight = shards.owned(self.weight, self.multiple, self.ranks)
+        rows = self.slots.between(self.lo, self.hi)
+        return Shard(
+            name=self.target.name,
+            lo=lo,
+            weight=weight,
+            live=self.live(),
+            G=self.window.G,
+            Q=self.window.Q,
+            position=self.slots.position[rows],
+            slot=self.slots.slot[rows],
+            delta=delta[self.slots.slot[rows]],
+            base=self.slots.base[rows],
+            born_dead=self.slots.born_dead[rows],
+            n_slots=self.target.n_slots,
+            seed=seed,
+            pattern=self.target.pattern,
+        )
+
+    def apply(self, change: Change) -> None:
+        """Carry out a planned change on this rank: mask, weight, slots, optimizer. No collective."""
+        assert self.window is not None
+        self._update_mask(change)
+        leaving = torch.isin(self.slots.position, change.released)
+        gone = self.slots.take(leaving.nonzero().squeeze(1))
+        fold = change.folded[torch.searchsorted(change.released, gone.position)]
+        shards.write(self.weight, gone.position[~fold], gone.base[~fold], self.ranks)
+        shards.write(self.weight, change.pruned, torch.zeros_like(change.pruned), self.ranks)
+        self._replace_slots(change, ~leaving)
+        self._reset_master(change, self.window.steps)
+        self._move_positions(change)
+        self.fresh_slots = change.released_slot
+        self.window = None
+
+    def _update_mask(self, change: Change) -> None:
+        for position, live in [
+            (change.fresh[change.revived], True),
+            (change.released[change.died], False),
+            (change.pruned, False),
+        ]:
+            mine = position[(position >= self.lo) & (position < self.hi)]
+            mask.put(self.live_bits, mine - self.lo, live)
+
+    def _replace_slots(self, change: Change, stays: torch.Tensor) -> None:
+        """Slot `released_slot[i]` now sits at `fresh[i]`, with the current weight as its base."""
+        known = self._known(change.fresh)
+        old = self.slots.take(stays.nonzero().squeeze(1))
+        position = torch.cat([old.position, change.fresh[known]])
+        table = SlotTable(
+            position,
+            torch.cat([old.slot, change.released_slot[known]]),
+            torch.cat([old.base, change.fresh_base[known].to(old.base.dtype)]),
+            torch.cat([old.born_dead, change.revived[known]]),
+        )
+        self.slots = table.take(position.argsort())
+
+    def _reset_master(self, change: Change, window_steps: int) -> None:
+        """δ = 0 and moments from the window, for the fresh slots that this rank optimizes."""
+        part = self.slot_shard
+        mine = (change.released_slot >= part.lo) & (change.released_slot < part.hi)
+        index = change.released_slot[mine] - part.lo
+        if index.numel() == 0:
+            return
+        index = index.to(part.master.device)
+        part.master[index] = 0.0
+        moments = [part.moment(name) for name in adamw.MOMENTS]
+        if moments[0] is None or moments[1] is None:
+            return  # no step has been taken yet: Adam starts from zeros for every slot
+        G, Q = (x[mine].to(index.device) for x in (change.fresh_G, change.fresh_Q))
+        adamw.repair(moments[0], moments[1], index, G, Q, window_steps)
+
+    def _move_positions(self, change: Change) -> None:
+        lo, values = shards.held(self.position, self.ranks)
+        mine = (change.released_slot >= lo) & (change.released_slot < lo + values.numel())
+        values[change.released_slot[mine] - lo] = change.fresh[mine].to(values.dtype)

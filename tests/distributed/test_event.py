@@ -1,0 +1,149 @@
+"""One event on threads as ranks against the slow reference: the same chosen sets, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from seft_ds.distributed.event import EventSettings, plan
+from seft_ds.sparse.shard import shard_range
+from seft_ds.sparse.topology import Shard
+from tests import reference
+from tests.ranks import run_threads
+
+RANKS = [1, 2, 3, 4, 7]
+
+
+def random_state(n: int, k: int, seed: int, kind: str, pattern: tuple[int, int] | None):
+    """A whole weight with `k` slots. kind: how the scores look (ties are the hard part)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw() -> torch.Tensor:
+        if kind == "equal":
+            return torch.ones(n)
+        if kind == "zero":
+            return torch.zeros(n)
+        values = torch.randn(n, generator=g)
+        return values.mul(2).round().div(2) if kind == "ties" else values
+
+    live = torch.rand(n, generator=g) < 0.4
+    if pattern is not None:
+        order = torch.rand(n // pattern[1], pattern[1], generator=g).argsort(1)
+        live = (order < pattern[0]).view(-1)
+    elif live.sum() < k:
+        live[:k] = True
+    base = torch.where(live, draw(), 0.0)
+    slots = live.nonzero().squeeze(1)[torch.randperm(int(live.sum()), generator=g)[:k]]
+    born_dead = torch.rand(k, generator=g) < 0.4
+    base[slots[born_dead]] = 0.0
+    delta = draw()[:k]
+    weight = base.clone()
+    weight[slots] += delta
+    G = draw()
+    return {
+        "weight": weight, "live": live, "slots": slots, "delta": delta, "base": base[slots],
+        "born_dead": born_dead, "G": G, "Q": G.square() * 1.5, "pattern": pattern,
+    }  # fmt: skip
+
+
+def as_reference(s: dict) -> reference.State:
+    slots = s["slots"].tolist()
+    return reference.State(
+        weight=s["weight"].tolist(),
+        live=set(s["live"].nonzero().squeeze(1).tolist()),
+        delta=dict(zip(slots, s["delta"].tolist(), strict=True)),
+        base=dict(zip(slots, s["base"].tolist(), strict=True)),
+        born_dead={p for p, b in zip(slots, s["born_dead"].tolist(), strict=True) if b},
+        G=s["G"].tolist(),
+        Q=s["Q"].tolist(),
+        pattern=s["pattern"],
+    )
+
+
+def as_shard(s: dict, name: str, rank: int, size: int) -> Shard:
+    multiple = s["pattern"][1] if s["pattern"] else 1
+    lo, hi = shard_range(s["weight"].numel(), rank, size, multiple)
+    order = s["slots"].argsort()
+    mine = order[(s["slots"][order] >= lo) & (s["slots"][order] < hi)]
+    return Shard(
+        name=name, lo=lo, weight=s["weight"][lo:hi], live=s["live"][lo:hi],
+        G=s["G"][lo:hi].clone(), Q=s["Q"][lo:hi].clone(), position=s["slots"][mine], slot=mine,
+        delta=s["delta"][mine], base=s["base"][mine], born_dead=s["born_dead"][mine],
+        n_slots=s["slots"].numel(), seed=0, pattern=s["pattern"],
+    )  # fmt: skip
+
+
+def check(states: list[dict], size: int, rate: float, **kw) -> int:
+    """Compare with the reference; returns how many positions were revived."""
+    settings = EventSettings(grow="magnitude", **kw)
+    results = run_threads(
+        size,
+        lambda ranks: plan(
+            [as_shard(s, str(i), ranks.rank, size) for i, s in enumerate(states)],
+            rate,
+            settings,
+            ranks,
+        ),  # fmt: skip
+    )
+    wanted = reference.event(
+        [as_reference(s) for s in states], rate, kw["release"], kw["prune"], kw["scope"], kw["nm"]
+    )
+    for changes in results:  # every rank knows the same
+        for state, change, want in zip(states, changes, wanted, strict=True):
+            released = change.released.tolist()
+            assert change.dropped == len(want.dropped)
+            assert released == sorted(want.released)
+            assert change.fresh.tolist() == sorted(want.fresh)
+            assert change.pruned.tolist() == sorted(want.pruned)
+            assert change.fresh[change.revived].tolist() == sorted(want.revived)
+            assert change.released[change.died].tolist() == sorted(want.died)
+            assert change.released[change.folded].tolist() == sorted(want.folded)
+            assert state["slots"][change.released_slot].tolist() == released
+            assert torch.equal(change.fresh_G, state["G"][change.fresh])
+            assert torch.equal(change.fresh_Q, state["Q"][change.fresh])
+            live = state["live"].clone()
+            live[change.fresh] = True
+            live[change.released[change.died]] = False
+            live[change.pruned] = False
+            if state["pattern"] is not None:
+                n, m = state["pattern"]
+                assert (live.view(-1, m).sum(1) == n).all()
+    if kw["scope"] == "global":
+        total = sum(len(w.revived) - len(w.died) - len(w.pruned) for w in wanted)
+        assert total == 0
+    else:
+        assert all(len(w.revived) == len(w.died) + len(w.pruned) for w in wanted)
+    return sum(len(w.revived) for w in wanted)
+
+
+@pytest.mark.parametrize("size", RANKS)
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "zero"])
+def test_unstructured(size: int, kind: str) -> None:
+    revived = 0
+    for i, (release, prune, scope, rate) in enumerate(
+        itertools.product(["fold", "revert"], ["taylor", "fisher"], ["layer", "global"], [0.3, 1.0])
+    ):
+        # Sizes that no rank count divides, one weight smaller than the rank count, K = 1.
+        shape = [(97, 11), (61, 20), (5, 1)]
+        states = [random_state(n, k, 10 * i + j, kind, None) for j, (n, k) in enumerate(shape)]
+        revived += check(states, size, rate, release=release, prune=prune, scope=scope, nm="swap")
+    assert revived > 0  # the comparison covered revivals, not only moves between live weights
+
+
+@pytest.mark.parametrize("size", RANKS)
+@pytest.mark.parametrize("nm", ["swap", "fixed"])
+@pytest.mark.parametrize("kind", ["random", "ties", "zero"])
+def test_pattern(size: int, nm: str, kind: str) -> None:
+    revived = 0
+    for i, (release, prune, scope) in enumerate(
+        itertools.product(["fold", "revert"], ["taylor", "fisher"], ["layer", "global"])
+    ):
+        states = [
+            random_state(24, 5, i, kind, (2, 4)),
+            random_state(50, 6, i + 50, kind, None),
+            random_state(40, 7, i + 90, kind, (4, 8)),
+        ]
+        revived += check(states, size, 0.7, release=release, prune=prune, scope=scope, nm=nm)
+    assert (revived > 0) or nm == "fixed" or kind == "zero"
