@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 # Loaded on first use: importing DeepSpeed takes seconds, and verifying files needs none of it.
 _PUBLIC = {
     "SeftConfig": "seft_ds.config",
-    "attach": "seft_ds.zero.initialize",
-    "initialize": "seft_ds.zero.initialize",
+    "SeftCallback": "seft_ds.train.callback",
+    "attach": "seft_ds.api",
+    "initialize": "seft_ds.api",
+    "save_model": "seft_ds.checkpoint.model",
     "verify": "seft_ds.checkpoint.verify",
 }
-__all__ = ["SeftConfig", "attach", "initialize", "verify"]
+__all__ = ["SeftCallback", "SeftConfig", "attach", "initialize", "save_model", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from seft_ds.targets import parse_pattern
+
 Auto = Literal["auto"]
 
 
@@ -79,9 +81,7 @@ class SeftConfig(BaseModel):
     @classmethod
     def _pattern_form(cls, value: str) -> str:
         if value not in ("auto", "none"):
-            from seft_ds.sparse.pattern import parse
-
-            parse(value)
+            parse_pattern(value)
         return value
 
     @model_validator(mode="after")

@@ -21,6 +21,14 @@ class Target:
         return self.shape[0] * self.shape[1]
 
 
+def parse_pattern(text: str) -> tuple[int, int]:
+    """Read "2:4" as (2, 4): N live in each group of M. ValueError for anything else."""
+    n, _, m = text.partition(":")
+    if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise ValueError(f"pattern {text!r}: wanted N:M with 0 < N < M, such as 2:4")
+    return int(n), int(m)
+
+
 def matches(name: str, wanted: list[str] | str) -> bool:
     """Whether a layer name ends in one of the wanted names ("q_proj", "layers.3.mlp.up_proj")."""
     if wanted == "auto":

@@ -6,20 +6,10 @@ borders between owners to multiples of M, and every function here sees whole gro
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 COMMON = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 2))  # what `detect` looks for
 DETECT_MULTIPLE = 8  # every M in COMMON divides it
-
-
-def parse(text: str) -> tuple[int, int]:
-    """Read `2:4` as (2, 4): N live in each group of M. ValueError for anything else."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern {text!r}: wanted N:M with 0 < N < M, such as 2:4")
-    return int(match[1]), int(match[2])
 
 
 def holds(live: torch.Tensor, n: int, m: int) -> bool:

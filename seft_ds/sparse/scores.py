@@ -48,7 +48,7 @@ def taylor(inputs: ScoreInputs) -> torch.Tensor:
 
 def fisher(inputs: ScoreInputs) -> torch.Tensor:
     """w² · Q: second-order change of the loss under the diagonal empirical Fisher."""
-    return inputs.weight.float().square_().mul_(inputs.Q)
+    return inputs.weight.float().square().mul_(inputs.Q)
 
 
 def weight_magnitude(inputs: ScoreInputs) -> torch.Tensor:

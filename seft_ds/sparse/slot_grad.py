@@ -66,14 +66,14 @@ def dense_then_gather(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor)
 
 
 def dense_blocks(
-    dy: torch.Tensor, x: torch.Tensor, lo: int, hi: int, block_entries: int = _BLOCK_ENTRIES
+    dy: torch.Tensor, x: torch.Tensor, lo: int, hi: int, block_entries: int | None = None
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """The dense gradient at flat positions [lo, hi), piece by piece: (from, to, fp32 (to - from,)).
 
     A piece covers whole rows except where [lo, hi) cuts one; at least one row is formed at a time.
     """
     in_features = x.shape[1]
-    rows_at_once = max(1, block_entries // in_features)
+    rows_at_once = max(1, (block_entries or _BLOCK_ENTRIES) // in_features)
     for row in range(lo // in_features, -(-hi // in_features), rows_at_once):
         stop = min(row + rows_at_once, -(-hi // in_features))
         block = (dy[:, row:stop].t() @ x).view(-1).float()

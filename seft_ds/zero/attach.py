@@ -18,7 +18,7 @@ from seft_ds.sparse.linear import SeftLinear, add_slots
 from seft_ds.sparse.scores import hash_keys
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import masked_keys
-from seft_ds.targets import Target, assign_slots, matches, total_slots
+from seft_ds.targets import Target, assign_slots, matches, parse_pattern, total_slots
 from seft_ds.zero import shards
 
 
@@ -119,7 +119,7 @@ def _find_pattern(
     if config.pattern == "auto":
         tries = pattern.plausible(target.target_live, target.numel, columns)
     else:
-        tries = [pattern.parse(config.pattern)]
+        tries = [parse_pattern(config.pattern)]
     for n, m in tries:
         fits = columns % m == 0
         if fits:
@@ -131,7 +131,8 @@ def _find_pattern(
         if config.pattern != "auto":
             raise ValueError(
                 f"{target.name}: the pattern {config.pattern} was given, but not every group of {m} inputs "
-                f'has exactly {n} nonzero weights; prune with --pattern {config.pattern}, or set pattern to "auto"'
+                f"has exactly {n} nonzero weights; prune with --pattern {config.pattern}, or set pattern "
+                'to "auto"'
             )
     return None
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
@@ -46,6 +45,7 @@ class SparseEvolution:
         )
         self.step = 0  # optimizer steps taken
         self.schedule: Schedule | None = None
+        self.resumed_total_steps: int | None = None  # of the run that a checkpoint continues
         self.listeners: list[Callable[[dict], None]] = []  # called with each journal record
         self.n_events = 0
         self.event_seconds = 0.0
@@ -58,6 +58,11 @@ class SparseEvolution:
     def begin(self, total_steps: int) -> None:
         """Fix the schedule, once the number of optimizer steps of the whole run is known."""
         c = self.config
+        if self.resumed_total_steps not in (None, total_steps):
+            raise ValueError(
+                f"the checkpoint's run was to take {self.resumed_total_steps} steps, this one "
+                f"{total_steps}; the schedule depends on it: resume with the same number"
+            )
         self.schedule = Schedule(
             total_steps=total_steps,
             interval=resolve_interval(c.interval, c.window, total_steps),
@@ -316,6 +321,9 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
         and zero.offload_optimizer.device != "none",
         "tensor, pipeline or sequence parallel": engine.dp_world_size != engine.world_size,
     }
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if not isinstance(inner, (torch.optim.AdamW, torch.optim.Adam)):
+        wanted[f"the optimizer {type(inner).__name__}: use torch AdamW"] = True
     found = [name for name, present in wanted.items() if present]
     if found:
         raise ValueError(
@@ -328,8 +336,3 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
             f"the weights are {dtype}, but the DeepSpeed config trains in {expected}: load the model with "
             'that dtype, or set "bf16": {"enabled": ...} to match'
         )
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The delta vectors: what an optimizer gets."""
-    return [p for p in model.parameters() if p.requires_grad]

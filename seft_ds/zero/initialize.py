@@ -1,87 +1,67 @@
-"""The two calls that make a DeepSpeed run a SEFT run: `attach` and `initialize`."""
+"""Between an attached model and the engine that DeepSpeed makes of it."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 from torch import nn
 
-from seft_ds.config import SeftConfig, load_deepspeed_config, parse_seft
+from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks, init_ranks
+from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.zero.attach import AttachedTarget, attach_slots
-from seft_ds.zero.engine import extend, trainable_parameters
+from seft_ds.zero.engine import extend
 
 _ATTACHED = "seft_attached"
 
 
+@dataclass
 class Attached:
-    """What `attach` leaves on the model for the engine to pick up."""
+    """What is known of a model with slots; left on the model for the engine to pick up."""
 
-    def __init__(self, targets: list[AttachedTarget], config: SeftConfig, ranks: Ranks):
-        self.targets, self.config, self.ranks = targets, config, ranks
+    targets: list[AttachedTarget]
+    config: SeftConfig
+    ranks: Ranks
+    source_dir: str  # the pruned model's folder
+    on_engine: list[Callable[[Any], None]]  # called with the engine once it runs SEFT
+    engine: Any = None
 
 
-def attach(model: nn.Module, config: dict | str | Path | SeftConfig) -> nn.Module:
-    """Give the pruned layers of `model` their slots and freeze the rest, before DeepSpeed gets it.
-
-    From then on any code that calls `deepspeed.initialize` with this model (transformers' Trainer, TRL,
-    accelerate, your own) gets an engine that runs SEFT. A collective.
-
-    Args:
-        model: a pruned model, whole or built under `deepspeed.zero.Init`.
-        config: a DeepSpeed config (dict or file) with a "seft" block, or a SeftConfig.
-
-    Raises:
-        ValueError: a bad setting, a dense model, more slots than live weights.
-    """
-    if getattr(model, _ATTACHED, None) is not None:
+def attach_model(
+    model: nn.Module, config: SeftConfig, on_engine: list[Callable[[Any], None]]
+) -> Attached:
+    """Give the pruned layers their slots and freeze the rest. A collective; ValueError if it can't be."""
+    if find_attached(model) is not None:
         raise ValueError("this model has SEFT slots already: attach it once")
-    if not isinstance(config, SeftConfig):
-        config = parse_seft(load_deepspeed_config(config).get("seft", {}))
     ranks = init_ranks()
-    setattr(model, _ATTACHED, Attached(attach_slots(model, config, ranks), config, ranks))
+    targets = attach_slots(model, config, ranks)
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    attached = Attached(targets, config, ranks, source, on_engine)
+    setattr(model, _ATTACHED, attached)
     _keep_inputs_differentiable(model)
-    # Saved models hold the effective weights; the slots are ours and no part of the model.
-    ignore = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
-    model._keys_to_ignore_on_save = ignore | {  # type: ignore[assignment]
-        f"{t.target.name}.{p}"
-        for t in get_attached(model).targets
-        for p in ("seft_delta", "seft_position")
-    }
+    # A saved model holds the effective weights; the slots are ours and no part of it.
+    ours = {f"{t.target.name}.{part}" for t in targets for part in (DELTA, POSITION)}
+    model._keys_to_ignore_on_save = (
+        set(getattr(model, "_keys_to_ignore_on_save", None) or []) | ours
+    )  # type: ignore[assignment]
     _watch_deepspeed_initialize()
-    return model
+    return attached
 
 
-def get_attached(model: nn.Module) -> Attached:
-    """What `attach` found. ValueError if the model has not been attached."""
-    found = getattr(model, _ATTACHED, None)
-    if found is None:
-        raise ValueError("the model has no SEFT slots: call seft_ds.attach(model, config) first")
-    return found
+def find_attached(model: nn.Module) -> Attached | None:
+    """What `attach_model` left on the model, or None."""
+    return getattr(model, _ATTACHED, None)
 
 
-def initialize(
-    model: nn.Module, config: dict | str | Path, **kwargs: Any
-) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` for a SEFT run: (engine, optimizer, dataloader, scheduler).
-
-    The config's "seft" block needs "total_steps", since the schedule depends on it. Other arguments go to
-    `deepspeed.initialize`; the optimizer gets the deltas only.
-    """
-    checked = load_deepspeed_config(config)
-    settings = parse_seft(checked.get("seft", {}))
-    if settings.total_steps == "auto":
-        raise ValueError(
-            'set "total_steps" in the "seft" block to the optimizer steps of the whole run: a loop of your '
-            "own can't tell SEFT how long it will be (transformers' Trainer can)"
-        )
-    if getattr(model, _ATTACHED, None) is None:
-        attach(model, settings)
-    kwargs.setdefault("model_parameters", trainable_parameters(model))
-    return deepspeed.initialize(model=model, config=checked, **kwargs)
+def make_engine(model: nn.Module, config: dict, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize` with the deltas as the parameters to optimize."""
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    kwargs.setdefault("model_parameters", deltas)
+    return deepspeed.initialize(model=model, config=config, **kwargs)
 
 
 def _keep_inputs_differentiable(model: nn.Module) -> None:
@@ -105,9 +85,12 @@ def _watch_deepspeed_initialize() -> None:
     def initialize_and_extend(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         engine = result[0]
-        attached = getattr(engine.module, _ATTACHED, None)
+        attached = find_attached(engine.module)
         if attached is not None:
             extend(engine, attached.targets, attached.config, attached.ranks)
+            attached.engine = engine
+            for call in attached.on_engine:
+                call(engine)
         return result
 
     initialize_and_extend.extends_seft = True  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tests.ranks import run_processes
 from tests.tiny import tiny_model

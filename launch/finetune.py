@@ -1,0 +1,47 @@
+"""Repair a pruned model at fixed sparsity.
+
+    deepspeed --num_gpus 2 launch/finetune.py --model_name_or_path PRUNED --train_file DATA.jsonl \\
+        --output_dir RUN --deepspeed ds_configs/zero3.json --max_steps 100 --max_length 256 \\
+        --per_device_train_batch_size 2 --learning_rate 5e-3 --seft.interval 20
+    deepspeed launch/finetune.py --config launch/recipes/NAME.yaml --output_dir RUN \\
+        --deepspeed ds_configs/zero3.json
+
+Runs the same under `deepspeed`, `torchrun` and `srun`, on GPUs or, where there are none, on the CPU. Flags
+are those of transformers' TrainingArguments and TRL's SFTConfig; `--help` lists them all.
+Exit status: 0, or 2 for a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+from seft_ds.console import prepare_device, run
+
+
+def main() -> None:
+    prepare_device()
+    from seft_ds.distributed.collectives import close_ranks, init_ranks
+
+    # The ranks must have met before transformers builds its arguments: under ZeRO-3 it decides then
+    # how models are loaded.
+    ranks = init_ranks()
+    from seft_ds.train.arguments import parse
+    from seft_ds.train.run import repair
+
+    repair(parse(sys.argv[1:]), ranks)
+    close_ranks()  # not after an error: the peers may not come
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,409 @@
+"""Writes a sparse model as an ordinary Hugging Face directory, plus `sparsity.json`.
+
+The zeros on disk are exactly the dead positions. Dead entries are written as +0.0 (never -0.0); a live
+weight that is zero in the file's dtype (grown a moment ago, or too small for bf16) is written as the
+smallest normal number with its sign, and counted as `live_zeros_raised`. So any tool can recount the
+mask from the files, and `W != 0` after loading is the live set.
+
+`quantization_config` (with its `sparsity_config`) is never written: readers refuse it or load such a
+file with random weights, and the tensors here are plain.
+
+Everything goes to a temporary directory beside the target, is read back and recounted there
+(checkpoint/verify.py), and only then moved into place, `sparsity.json` last: a directory that has one
+is complete. No collectives: callers run this on rank 0 and hand it full tensors one by one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seft_ds.checkpoint.shard_files import (
+    DTYPE_CODES,
+    ShardWriter,
+    TensorInfo,
+    index_of,
+    plan_shards,
+)
+from seft_ds.checkpoint.verify import (
+    FORMAT,
+    INDEX_NAME,
+    RECORD_NAME,
+    model_digest,
+    packed_digest,
+    verify,
+)
+from seft_ds.sparse import mask
+from seft_ds.targets import parse_pattern
+
+__all__ = ["TargetInfo", "TensorInfo", "save_pruned", "versions", "write_sparse_model"]
+
+_SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
+_LEGAL_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+# What the writer itself puts into the record, so that `about` may not.
+_RECORD_KEYS = set("format pattern live total sparsity live_zeros_raised mask_digest".split())
+_RECORD_KEYS |= {"tensors", "targets"}
+# Parts of a config that describe packed or quantised tensors, which these are not.
+_COMPRESSION_KEYS = {"quantization_config", "compression_config", "sparsity_config"}
+# JSON that belongs to a run or to an adapter, not to the model.
+_NOT_OF_THE_MODEL = {
+    RECORD_NAME,
+    "trainer_state.json",
+    "adapter_config.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+}
+
+
+@dataclass
+class TargetInfo:
+    """What is known of one sparse weight, beside its values.
+
+    `live_bits` is the packed mask (seft_ds.sparse.mask) of the whole weight in row-major order, uint8
+    (ceil(n / 8),); None means that `W != 0` defines what is live.
+    """
+
+    pattern: str | None = None  # "2:4"; None is unstructured
+    target_live: int | None = None
+    changed_positions: int | None = None
+    live_bits: torch.Tensor | None = None
+
+
+def write_sparse_model(
+    output_dir: str | Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    layout: list[TensorInfo],
+    targets: dict[str, TargetInfo],
+    source_dir: str | Path,
+    about: dict[str, Any],
+    max_shard_bytes: int = 5 * 2**30,
+) -> dict[str, Any]:
+    """Write a model directory and return its sparsity record, as `sparsity.json` holds it.
+
+    `tensors` yields (name, full tensor) for everything in `layout`, in any order and on any device;
+    each is cast to its layout dtype, written and let go. `source_dir` is where the config and the
+    tokenizer come from: a model directory, or a name that transformers can load. `output_dir` may hold
+    other files of a run, but no model.
+
+    Raises ValueError for what the caller can change (a model is there already, tensors or targets that
+    do not fit the layout) and RuntimeError, naming the tensor, if the files read back differ.
+    """
+    output_dir = Path(output_dir)
+    _check_request(output_dir, layout, targets, about)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that moving into place is a rename within one file system.
+    aside = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.writing-", dir=output_dir.parent))
+    try:
+        copy_side_files(source_dir, aside, _main_dtype(layout))
+        entries, raised = _write_tensors(aside, tensors, layout, targets, max_shard_bytes)
+        record = _sparsity_record(entries, raised, len(layout), about)
+        _write_json(aside / RECORD_NAME, record)
+        result = verify(aside)
+        if not result.ok:
+            listed = "; ".join(result.problems[:5])
+            raise RuntimeError(f"the files written for {output_dir} do not hold: {listed}")
+        _move_into(aside, output_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return record
+
+
+def save_pruned(
+    model: Any,
+    source_dir: str | Path,
+    output_dir: str | Path,
+    targets: dict[str, str | None],
+    about: dict[str, Any],
+    max_shard_bytes: int = 5 * 2**30,
+) -> dict[str, Any]:
+    """Write a pruned Hugging Face model that is whole in memory; returns the sparsity record.
+
+    `targets`: tensor name -> "N:M" or None; what is not zero is live. In an N:M weight a group with
+    fewer than N nonzero entries (a dead input column, say) has its first zeros declared live, and a
+    group with more is a ValueError. Tied copies are written once, under the name that ties them.
+    """
+    state = dict(_distinct_tensors(model))
+    missing = sorted(set(targets) - set(state))
+    if missing:
+        raise ValueError(f"targets {missing[:3]} are no tensors of the model; use state_dict names")
+    infos = {}
+    for name, pattern in targets.items():
+        live = nonzero_live(name, state[name], pattern)
+        infos[name] = TargetInfo(
+            pattern=pattern,
+            target_live=int(torch.count_nonzero(live)),
+            live_bits=mask.pack(live.view(-1)),
+        )
+    layout = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in state.items()]
+    return write_sparse_model(
+        output_dir,
+        state.items(),
+        layout=layout,
+        targets=infos,
+        source_dir=source_dir,
+        about=about,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the numbers in a record depend on; absent packages are left out."""
+    found = {}
+    for name in ("seft-ds", "torch", "deepspeed", "transformers", "accelerate", "bitsandbytes"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def nonzero_live(name: str, weight: torch.Tensor, pattern: str | None) -> torch.Tensor:
+    """Bool like `weight` (out, in): its nonzero entries, groups of an N:M pattern filled up to N.
+
+    Raises ValueError naming the weight where a group has more than N, or the width is no multiple of M.
+    """
+    live = weight != 0
+    if pattern is None:
+        return live
+    n, m = parse_pattern(pattern)
+    if weight.dim() != 2 or weight.shape[1] % m:
+        raise ValueError(f"{name} of shape {tuple(weight.shape)} can't have the pattern {pattern}")
+    groups = live.view(-1, m)  # (out * in / M, M)
+    counts = groups.sum(dim=1, keepdim=True)
+    if bool((counts > n).any()):
+        over = int((counts > n).sum())
+        raise ValueError(
+            f"{name} is not {pattern}: {over} groups have more than {n} nonzero; prune it"
+        )
+    # The first (N - count) dead members of each group; none where the group is full.
+    rank_among_dead = (~groups).cumsum(dim=1)
+    return (groups | (rank_among_dead <= n - counts)).view_as(weight)
+
+
+def exact_zeros(
+    weight: torch.Tensor, live: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, int]:
+    """`weight` in `dtype` with zeros at exactly the dead positions; how many live zeros were raised.
+
+    `live` is bool like `weight`. One host-device sync.
+    """
+    out = weight.to(dtype).masked_fill(~live, 0.0)
+    zeros = live & (out == 0)
+    raised = int(torch.count_nonzero(zeros))
+    if raised:  # the sign is there still: -1e-45 is -0.0 in bf16
+        smallest = torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=out.device)
+        out[zeros] = torch.copysign(smallest, out[zeros])
+    return out, raised
+
+
+def copy_side_files(source_dir: str | Path, destination: Path, dtype: torch.dtype) -> None:
+    """Config, tokenizer and what else is not weights; the config's dtype becomes `dtype`.
+
+    A `source_dir` that is no local directory is looked up by transformers (its cache, or the hub).
+    """
+    source = Path(source_dir)
+    if source.is_dir():
+        for path in sorted(source.iterdir()):
+            if path.is_file() and _is_side_file(path.name):
+                shutil.copyfile(path, destination / path.name)
+    else:
+        _save_from_transformers(str(source_dir), destination)
+    config_path = destination / "config.json"
+    if not config_path.is_file():
+        raise ValueError(f"{source_dir} has no config.json; give the directory of the base model")
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    _write_json(config_path, config_for_plain_weights(config, dtype))
+
+
+def config_for_plain_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A copy of a model's config that describes plain tensors of `dtype`."""
+    name = str(dtype).removeprefix("torch.")
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _COMPRESSION_KEYS:
+            continue
+        if key in ("dtype", "torch_dtype"):  # older readers look for torch_dtype: kept where it was
+            value = name
+        elif key.endswith("_config") and isinstance(value, dict):  # text_config ...
+            value = config_for_plain_weights(value, dtype)
+        out[key] = value
+    if "model_type" in out and "torch_dtype" not in out:
+        out["dtype"] = name
+    return out
+
+
+def _is_side_file(name: str) -> bool:
+    if name in _NOT_OF_THE_MODEL or name.endswith(".index.json"):
+        return False
+    return Path(name).suffix in _SIDE_SUFFIXES or name.upper().startswith(_LEGAL_PREFIXES)
+
+
+def _save_from_transformers(name: str, destination: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    AutoConfig.from_pretrained(name).save_pretrained(destination)
+    for side in (AutoTokenizer, GenerationConfig):
+        try:
+            side.from_pretrained(name).save_pretrained(destination)
+        except (OSError, ValueError):
+            continue  # a model need not have either
+
+
+def _distinct_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """state_dict entries, each storage once and without what is not meant to be saved."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    state = {n: t.detach() for n, t in model.state_dict().items() if n not in ignored}
+    same: dict[tuple, list[str]] = {}
+    for name, tensor in state.items():
+        same.setdefault((tensor.data_ptr() or name, tensor.shape, tensor.stride()), []).append(name)
+    # Of names that share a storage, the one that the others are tied to; else the first.
+    kept = {min(names, key=lambda name: name in tied) for names in same.values()}
+    return ((name, tensor) for name, tensor in state.items() if name in kept)
+
+
+def _check_request(
+    output_dir: Path,
+    layout: list[TensorInfo],
+    targets: dict[str, TargetInfo],
+    about: dict[str, Any],
+) -> None:
+    """ValueError for a request that can't be carried out, before anything is written."""
+    if output_dir.is_dir():
+        there = sorted(p.name for p in output_dir.glob("*.safetensors"))
+        there += [n for n in (INDEX_NAME, RECORD_NAME) if (output_dir / n).exists()]
+        if there:
+            raise ValueError(
+                f"{output_dir} holds a model already ({there[0]}); give another directory"
+            )
+    elif output_dir.exists():
+        raise ValueError(f"{output_dir} is a file; give a directory")
+    by_name = {info.name: info for info in layout}
+    if len(by_name) != len(layout):
+        raise ValueError("the layout names a tensor twice; name each once")
+    if not targets:
+        raise ValueError("no sparse targets; name at least one tensor of the layout")
+    for name in targets:
+        if name not in by_name:
+            raise ValueError(f"target {name} is not in the layout; use the tensor's full name")
+        if not by_name[name].dtype.is_floating_point:
+            raise ValueError(
+                f"target {name} is {by_name[name].dtype}; only float weights are sparse"
+            )
+    for info in layout:
+        if info.dtype not in DTYPE_CODES:
+            raise ValueError(f"{info.name} has dtype {info.dtype}; use one of {list(DTYPE_CODES)}")
+    clash = sorted(set(about) & _RECORD_KEYS)
+    if clash:
+        raise ValueError(f"`about` has {clash}, which the writer fills in itself; rename them")
+
+
+def _main_dtype(layout: list[TensorInfo]) -> torch.dtype:
+    """The floating dtype that most bytes of the model are in."""
+    size_bytes: dict[torch.dtype, int] = {}
+    for info in layout:
+        if info.dtype.is_floating_point:
+            size_bytes[info.dtype] = size_bytes.get(info.dtype, 0) + info.size_bytes
+    return max(size_bytes, key=lambda dtype: size_bytes[dtype])
+
+
+def _write_tensors(
+    directory: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    layout: list[TensorInfo],
+    targets: dict[str, TargetInfo],
+    max_shard_bytes: int,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Write all weights files; returns the record's `targets` and how many live zeros were raised."""
+    shards = plan_shards(layout, max_shard_bytes)
+    by_name = {info.name: info for info in layout}
+    entries: dict[str, dict[str, Any]] = {}
+    raised_total = 0
+    with ShardWriter(directory, shards) as writer:
+        for name, tensor in tensors:
+            info = by_name.get(name)
+            if info is None or name not in writer.missing:
+                raise ValueError(f"tensor {name} came twice or is not in the layout")
+            if tuple(tensor.shape) != info.shape:
+                raise ValueError(
+                    f"{name} came in shape {tuple(tensor.shape)}, layout: {info.shape}"
+                )
+            if name in targets:
+                tensor, entries[name], raised = _sparse_tensor(tensor, info, targets[name])
+                raised_total += raised
+            writer.write(name, tensor.to(info.dtype).cpu())
+        if writer.missing:
+            raise ValueError(
+                f"{len(writer.missing)} tensors never came: {sorted(writer.missing)[:3]}"
+            )
+    if len(shards) > 1:
+        _write_json(directory / INDEX_NAME, index_of(shards))
+    return {name: entries[name] for name in sorted(entries)}, raised_total
+
+
+def _sparse_tensor(
+    weight: torch.Tensor, info: TensorInfo, target: TargetInfo
+) -> tuple[torch.Tensor, dict[str, Any], int]:
+    """The tensor as written, its entry in the record, and how many live zeros were raised."""
+    if target.live_bits is None:
+        live = weight != 0
+        bits = mask.pack(live.view(-1))
+    else:
+        bits = target.live_bits
+        if bits.numel() != -(-weight.numel() // 8):
+            raise ValueError(f"{info.name}: {bits.numel()} mask bytes for {weight.numel()} weights")
+        live = mask.unpack(bits.to(weight.device), weight.numel()).view(weight.shape)
+    written, raised = exact_zeros(weight, live, info.dtype)
+    entry = {
+        "shape": list(info.shape),
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "pattern": target.pattern,
+        "target_live": target.target_live,
+        "live": mask.count(bits),
+        "changed_positions": target.changed_positions,
+        "mask_digest": packed_digest(bits),
+    }
+    return written, entry, raised
+
+
+def _sparsity_record(
+    entries: dict[str, dict[str, Any]], raised: int, tensors: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    live = sum(entry["live"] for entry in entries.values())
+    total = sum(torch.Size(entry["shape"]).numel() for entry in entries.values())
+    patterns = {entry["pattern"] or "unstructured" for entry in entries.values()}
+    return {
+        "format": FORMAT,
+        "pattern": patterns.pop() if len(patterns) == 1 else "mixed",
+        "live": live,
+        "total": total,
+        "sparsity": 1 - live / max(total, 1),
+        "live_zeros_raised": raised,
+        "tensors": tensors,
+        "mask_digest": model_digest({n: entry["mask_digest"] for n, entry in entries.items()}),
+        **about,
+        "targets": entries,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _move_into(aside: Path, output_dir: Path) -> None:
+    """Move all files of `aside` into `output_dir`, the record last."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in aside.iterdir())
+    for name in sorted(names, key=lambda name: name == RECORD_NAME):
+        os.replace(aside / name, output_dir / name)

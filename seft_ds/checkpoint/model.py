@@ -1,0 +1,91 @@
+"""The sparse model out of a running engine: one weight at a time, whatever the ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from seft_ds.checkpoint.export import TargetInfo, TensorInfo, versions, write_sparse_model
+from seft_ds.sparse.linear import DELTA, POSITION
+from seft_ds.zero import shards
+from seft_ds.zero.engine import SparseEvolution
+
+
+def save_model(
+    engine: Any, source_dir: str | Path, output_dir: str | Path, about: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the trained model of `engine` to `output_dir`; returns its sparsity record on every rank.
+
+    A collective: every rank gathers each weight (one in memory at a time), rank 0 writes. The forward
+    pass's weights are the effective ones, so nothing has to be merged.
+
+    Args:
+        source_dir: where config and tokenizer come from.
+        about: further entries for `sparsity.json`.
+
+    Raises:
+        ValueError: `output_dir` holds a model already. RuntimeError: an invariant or the files don't hold.
+    """
+    seft: SparseEvolution = engine.seft
+    seft.check()
+    named = dict(model_tensors(engine.module))
+    layout = [TensorInfo(n, shards.shape_of(p), p.dtype) for n, p in named.items()]
+    targets = _target_infos(seft)
+    facts = {
+        "method": "seft",
+        "base_model": str(source_dir),
+        "events": seft.n_events,
+        "steps": seft.step,
+        "scope": seft.config.scope,
+        "seft": seft.config.model_dump(),
+        "versions": versions(),
+    } | (about or {})
+    gathered = ((n, shards.gather_whole(p, seft.ranks)) for n, p in named.items())
+    outcome: Any = None
+    if seft.ranks.rank == 0:
+        outcome = _write_or_error(gathered, output_dir, layout, targets, source_dir, facts)
+    for _ in gathered:  # the other ranks' half of each gather; also after an error on rank 0
+        pass
+    outcome = seft.ranks.gather_object(outcome)[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything a saved model holds: tied ones once, no slots, no derived buffers."""
+    for name, param in model.named_parameters():
+        if not name.endswith((f".{DELTA}", f".{POSITION}")):
+            yield name, param
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _target_infos(seft: SparseEvolution) -> dict[str, TargetInfo]:
+    infos = {}
+    for i, (state, changed) in enumerate(zip(seft.states, seft.changed_positions(), strict=True)):
+        n_m = state.target.pattern
+        infos[f"{state.target.name}.weight"] = TargetInfo(
+            pattern=f"{n_m[0]}:{n_m[1]}" if n_m else None,
+            target_live=state.target.target_live,
+            changed_positions=changed,
+            live_bits=seft.live_bits(i),
+        )
+    return infos
+
+
+def _write_or_error(
+    tensors: Iterator, output_dir: Any, layout: list, targets: dict, source_dir: Any, facts: dict
+) -> Any:
+    try:
+        return write_sparse_model(
+            output_dir, tensors, layout=layout, targets=targets, source_dir=source_dir, about=facts
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        return error

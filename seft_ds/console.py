@@ -1,0 +1,109 @@
+"""What the launch scripts have in common: the fallback to CPU, the checks of a model folder, the way
+that a mistake of the user is told.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def prepare_device() -> torch.device:
+    """The device of this rank: its GPU by LOCAL_RANK, or the CPU, which rank 0 then says once."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    share_cores()
+    if is_first_rank():
+        print("no GPU found: running on CPU", file=sys.stderr)
+    return torch.device("cpu")
+
+
+def share_cores() -> None:
+    """Divide this machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
+
+    DeepSpeed's launcher announces its local ranks as LOCAL_SIZE, which accelerate doesn't read: it would
+    give every rank all cores.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    os.environ.setdefault("LOCAL_WORLD_SIZE", local)
+    share = max(1, len(os.sched_getaffinity(0)) // int(local))
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(share))))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(main: Callable[[], None]) -> int:
+    """Exit status of `main`: 0, or 2 after a ValueError, which rank 0 prints as one line.
+
+    ValueError is how this project tells users what to change, so its traceback would only hide the
+    message. Every other error passes through with its traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if is_first_rank():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model that is given as a folder or, where a hub can be reached, as a hub name.
+
+    Raises:
+        ValueError: a folder without config.json or weights, or a name that leads to none.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return _from_hub(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json; wanted the folder of a Hugging Face model")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise ValueError(
+            f"{name} holds no weights ({' or '.join(WEIGHT_FILES)}); wanted the folder of a whole "
+            "model, as save_pretrained writes it"
+        )
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # A hub name is "model" or "owner/model"; anything else was meant as a path.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {name}; check --model_name_or_path")
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub's errors have no common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{name} is neither a folder here nor a model that the hub gives ({reason}); "
+            "pass the folder of a model"
+        ) from error
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """The dtype that --dtype names; "auto" stays, and means the one that the files hold.
+
+    Raises:
+        ValueError: another name.
+    """
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }
+    if name not in known:
+        raise ValueError(f"got --dtype {name}; wanted one of {', '.join(known)}")
+    return known[name]

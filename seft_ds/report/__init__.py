@@ -1,0 +1,1 @@
+"""What a run tells about itself: the journal, figures, and one HTML page."""

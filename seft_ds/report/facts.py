@@ -1,0 +1,207 @@
+"""What a journal says about a run, added up: the numbers behind the page, the figures and the card.
+
+Where a resumed run repeats a step, the later record stands, so that nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# The counts of an event that add up over events.
+CHURN_KEYS = ("dropped", "grown", "kept", "revived", "died", "folded", "pruned")
+
+
+@dataclass
+class Facts:
+    """One run. Records are the journal's own; lists are in step order."""
+
+    run: dict[str, Any] = field(default_factory=dict)  # the last start
+    starts: int = 0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    fresh: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        return self.run.get("targets") or []
+
+    @property
+    def event_seconds(self) -> float:
+        return sum(number(e.get("seconds")) for e in self.events)
+
+    @property
+    def event_bytes(self) -> float:
+        return sum(number(e.get("bytes")) for e in self.events)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time: what the run's end says, or its steps, if they are more (a resumed run)."""
+        return max(
+            number(self.end.get("seconds")), sum(number(s.get("seconds")) for s in self.steps)
+        )
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) where the loss is finite."""
+        return [(s["step"], float(s["loss"])) for s in self.steps if s.get("loss") is not None]
+
+    @property
+    def steps_not_finite(self) -> int:
+        return sum("loss" in s and s["loss"] is None for s in self.steps)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether only the sum of the live counts has a target (`scope: global`)."""
+        return find_key(self.run.get("config"), "scope") == "global"
+
+
+def facts_of(records: Iterable[dict[str, Any]]) -> Facts:
+    """Sort a journal's records by kind; of records for the same thing the last one stands."""
+    facts = Facts()
+    kept: dict[str, dict[tuple, dict[str, Any]]] = {
+        k: {} for k in ("step", "event", "fresh", "eval")
+    }
+    for record in records:
+        kind = record["kind"]
+        if kind == "run":
+            facts.run, facts.starts, facts.end = record, facts.starts + 1, {}
+        elif kind == "end":
+            facts.end = record
+        elif kind in kept and isinstance(record.get("step"), int):
+            key = (record["step"], str(record.get("target", "")), str(record.get("name", "")))
+            kept[kind][key] = record
+    for kind, name in (
+        ("step", "steps"),
+        ("event", "events"),
+        ("fresh", "fresh"),
+        ("eval", "evals"),
+    ):
+        setattr(facts, name, [kept[kind][key] for key in sorted(kept[kind])])
+    return facts
+
+
+def live_totals(facts: Facts) -> tuple[int | None, int | None]:
+    """(live, target) over all targets at the end, or after the last event of a run still going."""
+    if facts.end.get("live") is not None:
+        return int(facts.end["live"]), int(facts.end.get("target_live") or facts.end["live"])
+    if not facts.targets:
+        return None, None
+    start = {bare(t["name"]): int(number(t.get("live"))) for t in facts.targets}
+    now, target = dict(start), dict(start)
+    for event in facts.events:
+        now[bare(event["target"])] = int(number(event.get("live")))
+        target[bare(event["target"])] = int(number(event.get("target_live")))
+    return sum(now.values()), sum(target.values())
+
+
+def deviations(facts: Facts) -> list[tuple[int, int]]:
+    """(step, live - target) after each step with events: the worst weight, or the sum if global.
+
+    For `scope: layer` it is the deviation that is largest in size, with its sign.
+    """
+    by_step: dict[int, list[int]] = {}
+    if facts.is_global:
+        totals = {bare(t["name"]): int(number(t.get("live"))) for t in facts.targets}
+        aim = sum(totals.values())
+        for event in facts.events:
+            totals[bare(event["target"])] = int(number(event.get("live")))
+            by_step[event["step"]] = [sum(totals.values()) - aim]  # after the step's last event
+    else:
+        for event in facts.events:
+            off = int(number(event.get("live")) - number(event.get("target_live")))
+            by_step.setdefault(event["step"], []).append(off)
+    return [(step, max(offs, key=abs)) for step, offs in sorted(by_step.items())]
+
+
+def per_step(events: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, sum of `key` over the step's events)."""
+    sums: dict[int, float] = {}
+    for event in events:
+        sums[event["step"]] = sums.get(event["step"], 0.0) + number(event.get(key))
+    return sorted(sums.items())
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """(layer, projection) of a weight: (0, "self_attn.q_proj"); experts of one layer count as one."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", bare(name))
+    if match is None:
+        return None, bare(name)
+    return int(match[1]), re.sub(r"(?<=\.)\d+(?=\.)", "*", match[2])
+
+
+def churn(facts: Facts, key: str) -> tuple[list[int], list[str], list[list[float]]]:
+    """Layers, projections, and [projection][layer]: `key` over all events in % of the live count.
+
+    Weights outside of numbered layers are left out.
+    """
+    live: dict[tuple[int, str], float] = {}
+    count: dict[tuple[int, str], float] = {}
+    for target in facts.targets:
+        layer, projection = split_name(target["name"])
+        if layer is not None:
+            place = (layer, projection)
+            live[place] = live.get(place, 0.0) + number(target.get("live"))
+    for event in facts.events:
+        layer, projection = split_name(event["target"])
+        if layer is not None:
+            place = (layer, projection)
+            count[place] = count.get(place, 0.0) + number(event.get(key))
+            live.setdefault(place, number(event.get("target_live")))
+    layers = sorted({layer for layer, _ in live})
+    projections = list(dict.fromkeys(projection for _, projection in live))
+    rows = [
+        [100 * count.get((x, p), 0.0) / max(live.get((x, p), 0.0), 1.0) for x in layers]
+        for p in projections
+    ]
+    return layers, projections, rows
+
+
+def by_projection(facts: Facts) -> list[dict[str, Any]]:
+    """A row per projection: tensors, weights, live, slots at the start, and the churn over all events."""
+    rows: dict[str, dict[str, Any]] = {}
+    empty = {"tensors": 0, "weights": 0, "live": 0, "slots": 0, "events": 0}
+    empty |= dict.fromkeys(CHURN_KEYS, 0)
+    for target in facts.targets:
+        name = split_name(target["name"])[1]
+        row = rows.setdefault(name, {"projection": name, **empty})
+        weights = 1
+        for size in target.get("shape") or [0]:
+            weights *= size
+        row["tensors"] += 1
+        row["weights"] += weights
+        row["live"] += int(number(target.get("live")))
+        row["slots"] += int(number(target.get("slots")))
+    for event in facts.events:
+        name = split_name(event["target"])[1]
+        row = rows.setdefault(name, {"projection": name, **empty})
+        row["events"] += 1
+        for key in CHURN_KEYS:
+            row[key] += int(number(event.get(key)))
+    return list(rows.values())
+
+
+def total_weights(facts: Facts) -> int:
+    return sum(row["weights"] for row in by_projection(facts))
+
+
+def find_key(config: Any, key: str) -> Any:
+    """The first value of `key` anywhere in nested dicts, or None."""
+    if not isinstance(config, dict):
+        return None
+    if key in config:
+        return config[key]
+    return next((v for v in (find_key(c, key) for c in config.values()) if v is not None), None)
+
+
+def bare(name: str) -> str:
+    return str(name).removesuffix(".weight")
+
+
+def number(value: Any) -> float:
+    """A float of a journal value; 0 where it is absent or was not finite."""
+    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -1,0 +1,1 @@
+"""Arguments, data and the callback for transformers' Trainer and TRL."""

@@ -1,0 +1,179 @@
+"""The arguments of `launch/finetune.py`: names as in transformers and TRL, plus a few of our own.
+
+A run is described by `--config FILE.yaml` with flags on top. `--seft.NAME VALUE` sets one entry of the
+"seft" block of the DeepSpeed config.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from seft_ds.config import load_deepspeed_config, with_overrides
+
+
+@dataclass
+class ModelArguments:
+    """Which model is repaired."""
+
+    model_name_or_path: str = field(metadata={"help": "folder of the pruned model"})
+    dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
+
+
+@dataclass
+class DataArguments:
+    """What it is repaired with: one of a file and a dataset name."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": ".txt (a text a line), .json, .jsonl, .csv, .parquet; also .gz"},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "name of a datasets dataset"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    validation_file: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "use the first N rows"})
+
+
+@dataclass
+class RunArguments(SFTConfig):
+    """TRL's SFTConfig (all of transformers' TrainingArguments) and how a run starts and ends."""
+
+    resume: str = field(
+        default="never", metadata={"help": "auto (the newest checkpoint), never, or a checkpoint"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace the run in output_dir"})
+    dry_run: bool = field(default=False, metadata={"help": "show targets and a sample, then stop"})
+    # Where SFTConfig's defaults are for dense models on a GPU.
+    save_strategy: str = field(default="no", metadata={"help": "no, steps or epoch"})
+    report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb"})
+
+
+@dataclass
+class Arguments:
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    deepspeed: dict[str, Any]  # the config, with --seft.* merged in
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Flags and YAML to checked arguments. Call after `init_ranks()`: transformers looks for the ranks.
+
+    Raises:
+        ValueError: an unknown or bad setting, a missing file, no DeepSpeed config.
+    """
+    argv, seft_flags = _split_seft_flags(argv)
+    argv, seft_yaml = _expand_yaml(argv)
+    parser = HfArgumentParser([ModelArguments, DataArguments, RunArguments])  # type: ignore[arg-type]
+    values = vars(parser.parse_args(argv))
+    if not values.get("deepspeed"):
+        raise ValueError(
+            "SEFT runs on DeepSpeed: give a config, for example --deepspeed ds_configs/zero3.json"
+        )
+    config = with_overrides(load_deepspeed_config(values["deepspeed"]), {**seft_yaml, **seft_flags})
+    values["deepspeed"] = config
+    _check_data(values)
+    _check_output(values)
+    _adapt_to_machine(values)
+    model, data, run = parser.parse_dict(values)
+    return Arguments(model, data, run, config)
+
+
+def _split_seft_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--seft.NAME VALUE` and `--seft.NAME=VALUE` out of the flags."""
+    rest, found = [], {}
+    flags = iter(argv)
+    for flag in flags:
+        if not flag.startswith("--seft."):
+            rest.append(flag)
+            continue
+        name, eq, value = flag.removeprefix("--seft.").partition("=")
+        if not eq:
+            value = next(flags, "")
+        if value == "" or value.startswith("--"):
+            raise ValueError(f"--seft.{name} needs a value")
+        found[name] = yaml.safe_load(value)
+    return rest, found
+
+
+def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Put the entries of `--config FILE.yaml` before the flags, so that flags win."""
+    if "--config" not in argv:
+        return argv, {}
+    at = argv.index("--config")
+    path = Path(argv[at + 1]) if at + 1 < len(argv) else Path("")
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: wanted NAME: VALUE lines, got {type(recipe).__name__}")
+    seft = recipe.pop("seft", {}) or {}
+    flags: list[str] = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        if isinstance(value, list):
+            flags += [str(v) for v in value]
+        else:
+            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return flags + argv[:at] + argv[at + 2 :], seft
+
+
+def _check_data(values: dict[str, Any]) -> None:
+    if bool(values["train_file"]) == bool(values["dataset_name"]):
+        raise ValueError("give one of --train_file and --dataset_name")
+    for name in ("train_file", "validation_file"):
+        if values[name] and not Path(values[name]).is_file():
+            raise ValueError(f"--{name} {values[name]}: no such file")
+
+
+def _check_output(values: dict[str, Any]) -> None:
+    """Refuse to write over a run, before any time is spent."""
+    folder = Path(values["output_dir"] or "")
+    if not values["output_dir"]:
+        raise ValueError("give --output_dir, the folder that the run and the model go to")
+    if values["dry_run"] or values["overwrite"] or values["resume"] != "never":
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"--output_dir {folder} holds a run or other files; continue it with --resume auto, replace it "
+            "with --overwrite, or give another folder"
+        )
+
+
+def _adapt_to_machine(values: dict[str, Any]) -> None:
+    if not torch.cuda.is_available():
+        values["use_cpu"] = True
+        values["dataloader_pin_memory"] = False
+    values["bf16"] = model_dtype(values["model_name_or_path"], values["dtype"]) == torch.bfloat16
+
+
+def model_dtype(folder: str, name: str) -> torch.dtype:
+    """The dtype to train in: the one named, or the one that the model's config.json states.
+
+    Raises:
+        ValueError: another name, or a model in a dtype that we don't train in.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        path = Path(folder) / "config.json"
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        name = str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
+        if name == "float16":
+            raise ValueError(
+                f"{folder} is stored in float16; train it with --dtype bfloat16 or float32"
+            )
+    if name not in known:
+        raise ValueError(f"dtype {name!r}: wanted auto, float32 or bfloat16")
+    return known[name]

@@ -1,0 +1,173 @@
+"""SEFT in transformers' Trainer, and in what is built on it (TRL): one callback.
+
+    callback = SeftCallback("ds_configs/zero3.json")        # a DeepSpeed config with a "seft" block
+    trainer = Trainer(model, args=TrainingArguments(deepspeed="ds_configs/zero3.json", ...),
+                      callbacks=[callback], ...)
+    trainer.train()
+    callback.save_model("REPAIRED")
+
+The callback attaches the slots when the trainer has been built (unless `seft_ds.attach` was called on the
+model), fixes the schedule when the number of steps is known, and keeps the journal.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from seft_ds.api import attach
+from seft_ds.checkpoint.export import versions
+from seft_ds.checkpoint.model import save_model
+from seft_ds.config import SeftConfig
+from seft_ds.report.journal import JOURNAL_NAME, Journal
+from seft_ds.targets import Target
+from seft_ds.zero.engine import SparseEvolution
+from seft_ds.zero.initialize import find_attached
+
+
+class SeftCallback(TrainerCallback):
+    """Runs SEFT inside a Trainer that uses DeepSpeed.
+
+    Args:
+        config: a DeepSpeed config (dict or file) with a "seft" block, or a SeftConfig; default: the
+            config that the Trainer's `deepspeed` argument names.
+        journal_dir: where `journal.jsonl` goes; default: the Trainer's output_dir.
+        about: facts for the journal's first line.
+    """
+
+    def __init__(
+        self,
+        config: dict | str | Path | SeftConfig | None = None,
+        journal_dir: str | Path | None = None,
+        about: dict[str, Any] | None = None,
+    ):
+        self.config = config
+        self.journal_dir = journal_dir
+        self.about = about or {}
+        self.journal: Journal | None = None
+        self.model: Any = None
+        self._started = self._last_log = 0.0
+        self._last_step = self._last_tokens = 0
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine. ValueError before training has started."""
+        attached = find_attached(self.model) if self.model is not None else None
+        if attached is None or attached.engine is None:
+            raise ValueError("there is no DeepSpeed engine yet: call trainer.train() first")
+        return attached.engine
+
+    @property
+    def seft(self) -> SparseEvolution:
+        return self.engine.seft
+
+    @property
+    def targets(self) -> list[Target]:
+        """The sparse weights, once the trainer has been built."""
+        attached = find_attached(self.model)
+        return [t.target for t in attached.targets] if attached is not None else []
+
+    def save_model(self, output_dir: str | Path) -> dict[str, Any]:
+        """Write the repaired sparse model; returns its sparsity record. Every rank calls it."""
+        return save_model(self.engine, find_attached(self.model).source_dir, output_dir)  # type: ignore[union-attr]
+
+    # What Trainer calls.
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.deepspeed:
+            raise ValueError(
+                "SeftCallback needs a Trainer that uses DeepSpeed: pass deepspeed=... (a config with a "
+                '"zero_optimization" section) in TrainingArguments'
+            )
+        self.model = kwargs["model"]
+        if find_attached(self.model) is None:
+            attach(self.model, self.config if self.config is not None else args.deepspeed)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seft.begin(state.max_steps)
+        self._started = self._last_log = time.perf_counter()
+        self._last_step = state.global_step
+        if state.is_world_process_zero:
+            folder = Path(self.journal_dir or args.output_dir or ".")
+            self.journal = Journal(folder / JOURNAL_NAME)
+            self.journal.write("run", **self._run_record(args))
+            self.seft.listeners.append(self._journal_record)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.journal is None or not logs:
+            return
+        now = time.perf_counter()
+        if "loss" in logs:
+            steps = max(1, state.global_step - self._last_step)
+            tokens = int(logs.get("num_tokens") or state.num_input_tokens_seen or 0)
+            self.journal.write(
+                "step",
+                step=state.global_step,
+                loss=float(logs["loss"]),
+                learning_rate=logs.get("learning_rate"),
+                grad_norm=logs.get("grad_norm"),
+                seconds=(now - self._last_log) / steps,
+                tokens=(tokens - self._last_tokens) / steps,
+            )
+            self._last_log, self._last_step, self._last_tokens = now, state.global_step, tokens
+        for name, value in logs.items():
+            if name.startswith("eval_") and name.endswith("loss"):
+                self.journal.write("eval", step=state.global_step, name=name, value=float(value))
+                self._last_log = now
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seft.check()
+        live, changed = sum(self.seft.live_counts()), sum(self.seft.changed_positions())
+        if self.journal is not None:
+            self.journal.write(
+                "end",
+                step=state.global_step,
+                seconds=time.perf_counter() - self._started,
+                live=live,
+                target_live=sum(s.target.target_live for s in self.seft.states),
+                changed_positions=changed,
+            )
+
+    def _journal_record(self, record: dict[str, Any]) -> None:
+        assert self.journal is not None
+        self.journal.write(**record)
+
+    def _run_record(self, args: TrainingArguments) -> dict[str, Any]:
+        seft = self.seft
+        assert seft.schedule is not None
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(sys.argv),
+            "model": find_attached(self.model).source_dir,  # type: ignore[union-attr]
+            "ranks": seft.ranks.size,
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "dtype": str(seft.states[0].weight.dtype).removeprefix("torch."),
+            "config": {"seft": seft.config.model_dump(), "interval": seft.schedule.interval},
+            "targets": [
+                {
+                    "name": s.target.name,
+                    "shape": s.target.shape,
+                    "live": s.target.target_live,
+                    "slots": s.target.n_slots,
+                }
+                for s in seft.states
+            ],
+            "versions": versions(),
+        } | self.about

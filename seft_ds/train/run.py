@@ -1,0 +1,188 @@
+"""One repair run from checked arguments to a sparse model, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+
+from seft_ds.checkpoint.model import save_model
+from seft_ds.console import model_folder
+from seft_ds.distributed.collectives import ProcessRanks
+from seft_ds.report.card import write_model_card
+from seft_ds.report.facts import facts_of
+from seft_ds.report.journal import JOURNAL_NAME, read_journal
+from seft_ds.report.page import write_report
+from seft_ds.train.arguments import Arguments, model_dtype
+from seft_ds.train.callback import SeftCallback
+from seft_ds.train.data import describe_sample, load_rows
+
+CONFIG_NAME = "resolved_config.yaml"
+RECORD_NAME = "sparsity.json"
+
+
+class SparseSFTTrainer(SFTTrainer):
+    """TRL's trainer, whose checkpoints hold SEFT's state instead of a second copy of the model."""
+
+    seft_source = ""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the sparse model. Inside a checkpoint the weights are in the engine's own files."""
+        if not _internal_call:
+            save_model(
+                self.model_wrapped, self.seft_source, output_dir or str(self.args.output_dir)
+            )
+
+
+def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
+    """Load, train, save, report. Every rank calls it."""
+    run = arguments.run
+    output = Path(str(run.output_dir))
+    folder = model_folder(arguments.model.model_name_or_path)
+    data = arguments.data
+    split = "train" if not data.max_train_samples else f"train[:{data.max_train_samples}]"
+    with run.main_process_first(desc="reading the data"):
+        train_rows = load_rows(data.train_file, data.dataset_name, data.dataset_config, split)
+        if data.train_file and data.max_train_samples:
+            train_rows = train_rows.select(range(min(data.max_train_samples, len(train_rows))))
+        eval_rows = (
+            load_rows(data.validation_file, None, None, "train") if data.validation_file else None
+        )
+    checkpoint = prepare_output(output, arguments, ranks)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dtype = model_dtype(str(folder), arguments.model.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.config.use_cache = False
+    callback = SeftCallback(arguments.deepspeed, journal_dir=output, about=run_facts(arguments))
+    trainer = SparseSFTTrainer(
+        model=model,
+        args=run,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.seft_source = str(folder)
+    check_loaded(callback, folder)
+    if ranks.rank == 0:
+        print(describe_targets(callback), describe_sample(trainer, tokenizer), sep="\n", flush=True)
+    if run.dry_run:
+        return
+    trainer.train(resume_from_checkpoint=checkpoint)
+    record = save_model(trainer.model_wrapped, folder, output, {"command": " ".join(sys.argv)})
+    if ranks.rank == 0:
+        finish(output, record)
+
+
+def prepare_output(output: Path, arguments: Arguments, ranks: ProcessRanks) -> str | None:
+    """Make the run directory ready; returns the checkpoint to resume from, if any."""
+    run = arguments.run
+    if run.dry_run:
+        return None
+    checkpoint = None
+    if run.resume == "auto":
+        checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    elif run.resume != "never":
+        if not Path(run.resume).is_dir():
+            raise ValueError(
+                f"--resume {run.resume}: wanted auto, never, or the folder of a checkpoint"
+            )
+        checkpoint = run.resume
+    ranks.barrier()  # everybody has looked before anybody writes
+    if ranks.rank == 0:
+        if run.overwrite and checkpoint is None and output.is_dir():
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        for old in [*output.glob("*.safetensors*"), output / RECORD_NAME]:
+            old.unlink(missing_ok=True)  # a resumed run writes the model anew
+        (output / CONFIG_NAME).write_text(yaml.safe_dump(resolved(arguments), sort_keys=False))
+    ranks.barrier()
+    return checkpoint
+
+
+def resolved(arguments: Arguments) -> dict[str, Any]:
+    """Everything that was set, as plain data."""
+    run = json.loads(arguments.run.to_json_string())
+    run.pop("deepspeed", None)
+    return {
+        "model": vars(arguments.model),
+        "data": vars(arguments.data),
+        "run": run,
+        "deepspeed": arguments.deepspeed,
+    }
+
+
+def run_facts(arguments: Arguments) -> dict[str, Any]:
+    """What the journal says of the run beside what the callback knows."""
+    run = arguments.run
+    return {
+        "arguments": {
+            "train": arguments.data.train_file or arguments.data.dataset_name,
+            "max_steps": run.max_steps,
+            "per_device_train_batch_size": run.per_device_train_batch_size,
+            "gradient_accumulation_steps": run.gradient_accumulation_steps,
+            "max_length": run.max_length,
+            "learning_rate": run.learning_rate,
+            "lr_scheduler_type": str(run.lr_scheduler_type),
+            "optim": str(run.optim),
+            "seed": run.seed,
+        },
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def check_loaded(callback: SeftCallback, folder: Path) -> None:
+    """Compare what was loaded with the model's own record, where it has one.
+
+    Raises:
+        ValueError: the live counts differ: the files were changed, or loading under ZeRO-3 went wrong.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return
+    recorded = json.loads(path.read_text())["targets"]
+    for target in callback.targets:
+        entry = recorded.get(f"{target.name}.weight")
+        if entry is not None and entry["live"] != target.target_live:
+            raise ValueError(
+                f"{target.name}: {target.target_live} nonzero weights were loaded, but {path} says "
+                f"{entry['live']}; check the files with launch/verify.py {folder}"
+            )
+
+
+def describe_targets(callback: SeftCallback) -> str:
+    targets = callback.targets
+    live, total = sum(t.target_live for t in targets), sum(t.numel for t in targets)
+    slots = sum(t.n_slots for t in targets)
+    patterns = sorted({f"{p[0]}:{p[1]}" for t in targets if (p := t.pattern)}) or ["unstructured"]
+    return (
+        f"{len(targets)} sparse weights, {', '.join(patterns)}: {live:,} of {total:,} live "
+        f"({1 - live / total:.2%} sparse); {slots:,} slots train ({slots / total:.2%})"
+    )
+
+
+def finish(output: Path, record: dict[str, Any]) -> None:
+    """Report and model card, and where everything is."""
+    report = write_report(output)
+    write_model_card(output, record, facts_of(read_journal(output / JOURNAL_NAME)))
+    print(
+        f"{record['live']:,} of {record['total']:,} target weights are live, "
+        f"{record['sparsity']:.4%} sparse, recounted from the files\n"
+        f"model:   {output}\nreport:  {report}\njournal: {output / JOURNAL_NAME}",
+        flush=True,
+    )

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import torch
+
+from seft_ds.sparse import scores
+
+
+def test_hash_depends_on_position_and_seed_only_and_is_uniform() -> None:
+    whole = scores.hash_keys(torch.arange(100_000), 3)
+    part = scores.hash_keys(torch.arange(40_000, 60_000), 3)
+    assert torch.equal(whole[40_000:60_000], part)
+    assert int(whole.min()) >= 0 and whole.unique().numel() > 99_990
+    assert abs(float(whole.double().mean()) / 2**30 - 1) < 0.01
+    assert (scores.hash_keys(torch.arange(1000), 4) != whole[:1000]).sum() > 990
+
+
+def test_formulas() -> None:
+    w, G, Q = torch.tensor([2.0, -3.0]), torch.tensor([-1.0, 0.5]), torch.tensor([4.0, 9.0])
+    inputs = scores.ScoreInputs(w, G, Q, torch.arange(2), 0)
+    assert scores.gradient_magnitude(inputs).tolist() == [1.0, 0.5]
+    assert scores.taylor(inputs).tolist() == [2.0, 1.5]
+    assert scores.fisher(inputs).tolist() == [16.0, 81.0]
+    assert scores.weight_magnitude(inputs).tolist() == [2.0, 3.0]
+    assert w.tolist() == [2.0, -3.0]  # scores don't write to what they are given

@@ -1,0 +1,78 @@
+"""Imports point one way, and few places know DeepSpeed, other ranks, or transformers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "seft_ds"
+# Each may import what stands in an earlier row, and its own row's other modules.
+LAYERS = [
+    ["config", "schedule", "targets", "memory", "console"],
+    ["sparse", "optim"],
+    ["distributed"],
+    ["zero"],
+    ["prune", "baselines", "checkpoint"],
+    ["api"],
+    ["report"],
+    ["train", "evaluate"],
+]
+LEVEL = {name: i for i, row in enumerate(LAYERS) for name in row}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_one_way(path: Path) -> None:
+    mine = part(path)
+    assert mine in LEVEL, f"{mine} has no place in the layers"
+    for name in imports(path):
+        if name.startswith("seft_ds."):
+            other = name.split(".")[1]
+            assert LEVEL.get(other, 99) <= LEVEL[mine], f"{path.name} imports {name}"
+            if mine == "report":
+                assert other == "report", "report reads only the journal"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_who_knows_whom(path: Path) -> None:
+    mine, relative = part(path), str(path.relative_to(ROOT))
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top == "deepspeed" or name.startswith("torch.distributed"):
+            assert mine in ("zero", "distributed"), f"{relative} imports {name}"
+        if top in ("transformers", "trl"):
+            allowed = mine in ("train", "evaluate", "baselines") or relative in (
+                "prune/calibrate.py",
+                "checkpoint/export.py",
+            )
+            assert allowed, f"{relative} imports {name}"
+        if mine in ("sparse", "optim"):
+            assert top in ("torch", "seft_ds", "__future__") or not _third_party(top), name
+
+
+def _third_party(name: str) -> bool:
+    import sys
+
+    return name not in sys.stdlib_module_names
+
+
+def test_the_rule_can_fail() -> None:
+    assert "deepspeed" in {n.split(".")[0] for n in imports(ROOT / "zero" / "initialize.py")}
+    assert LEVEL["sparse"] < LEVEL["zero"]

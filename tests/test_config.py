@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seft_ds.config import load_deepspeed_config, parse_seft, with_overrides
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    "block, said",
+    [
+        ({"intervall": 3}, "did you mean 'interval'"),
+        ({"zzz": 3}, "known: targets"),
+        ({"density": 0}, "density = 0"),
+        ({"density": 1.5}, "density = 1.5"),
+        ({"interval": 3}, "interval 3 is shorter than window 5"),
+        ({"interval": "often"}, "interval = 'often'"),
+        ({"window": 0}, "window = 0"),
+        ({"scope": "globl"}, "'layer' or 'global'"),
+        ({"scope": "global", "waves": True}, "set waves to false"),
+        ({"trainable": "rank=0"}, "rank=8"),
+        ({"trainable": 100, "density": 0.1}, "give one of them"),
+        ({"pattern": "4:2"}, "wanted N:M"),
+        ({"drop_fraction": -0.1}, "drop_fraction = -0.1"),
+        ({"grow": "magic"}, "'magnitude' or 'random'"),
+        ("on", "must be an object"),
+    ],
+)
+def test_bad_blocks_say_what_to_change(block, said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse_seft(block)
+    assert said in str(error.value)
+
+
+def test_defaults_and_overrides() -> None:
+    config = {"zero_optimization": {"stage": 3}, "seft": {"interval": 20}}
+    merged = with_overrides(config, {"interval": 60, "release": "revert"})
+    seft = parse_seft(merged["seft"])
+    assert (seft.interval, seft.release, seft.window) == (60, "revert", 5)
+    assert config["seft"] == {"interval": 20}
+    assert parse_seft({}).in_waves and not parse_seft({"scope": "global"}).in_waves
+
+
+def test_deepspeed_config_without_zero_or_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='no "zero_optimization" section'):
+        load_deepspeed_config({"seft": {}})
+    with pytest.raises(ValueError, match="no such file"):
+        load_deepspeed_config(tmp_path / "none.json")
+    (tmp_path / "torn.json").write_text('{"zero')
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_deepspeed_config(tmp_path / "torn.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+def test_shipped_configs_are_complete(path: Path) -> None:
+    config = load_deepspeed_config(path)
+    parse_seft(config["seft"])
+    assert config["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    assert json.loads(path.read_text()) == config

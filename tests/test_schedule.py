@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from seft_ds.schedule import Schedule, resolve_interval
+
+
+def make(**kw) -> Schedule:
+    settings = dict(
+        total_steps=100, interval=10, window=4, drop_fraction=0.2, stop=0.8, n_targets=7
+    )
+    return Schedule(**{**settings, **kw})
+
+
+def test_auto_interval() -> None:
+    assert resolve_interval("auto", 5, 100) == 10
+    assert resolve_interval("auto", 5, 4000) == 100
+    assert resolve_interval("auto", 12, 100) == 12
+    assert resolve_interval(7, 5, 4000) == 7
+
+
+@pytest.mark.parametrize("waves", [True, False])
+@pytest.mark.parametrize("replace", [True, False])
+def test_every_weight_evolves_once_an_interval_with_a_whole_window_before(waves, replace) -> None:
+    s = make(waves=waves, replace_all_first=replace)
+    for target in range(s.n_targets):
+        events = [t for t in range(1, 101) if s.rate(target, t) is not None]
+        assert events and events[-1] <= s.stop_step
+        regular = events[1:] if replace else events
+        assert all(b - a == s.interval for a, b in zip(regular, regular[1:]))
+        for event in events:
+            window = [t for t in range(1, 101) if s.in_window(target, t) and event - 4 < t <= event]
+            assert len(window) == min(4, event)
+        assert not s.in_window(target, events[-1] + 1)
+
+
+def test_rate_falls_from_the_fraction_to_zero() -> None:
+    s = make(waves=False)
+    rates = [s.rate(0, t) for t in range(10, 80, 10)]
+    assert all(a > b for a, b in zip(rates, rates[1:]))
+    assert 0.18 < rates[0] < 0.2 and s.rate(0, 80) is None and s.rate(0, 90) is None
+
+
+def test_first_event_of_a_gradient_start_replaces_every_slot() -> None:
+    s = make(waves=False, replace_all_first=True)
+    assert s.rate(0, 4) == 1.0 and s.rate(0, 3) is None and s.rate(0, 10) < 0.2
+
+
+def test_waves_bound_how_many_windows_are_open() -> None:
+    s = make(n_targets=200, interval=20, window=5)
+    open_windows = [sum(s.in_window(i, t) for i in range(200)) for t in range(1, 80)]
+    assert max(open_windows) <= 200 * 5 / 20
+    assert max(len(s.due(t)) for t in range(1, 101)) == 10
+    together = make(n_targets=200, interval=20, window=5, waves=False)
+    assert max(sum(together.in_window(i, t) for i in range(200)) for t in range(1, 80)) == 200
+
+
+def test_no_events_with_a_drop_fraction_of_zero() -> None:
+    s = make(drop_fraction=0.0)
+    assert not any(s.due(t) for t in range(1, 101))
