@@ -70,7 +70,8 @@ class SeftLinear(nn.Linear):
     seft_runtime: Any
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not (self.training and torch.is_grad_enabled()):
+        # Not `self.training`: a model straight from `from_pretrained` is in eval mode and may well train.
+        if not torch.is_grad_enabled() or (self.seft_runtime is None and not self.training):
             return nn.functional.linear(input, self.weight, self.bias)
         if self.seft_runtime is None:
             raise ValueError(
