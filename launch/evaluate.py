@@ -1,0 +1,176 @@
+"""Perplexity on a text and lm-eval tasks of a model folder.
+
+    deepspeed launch/evaluate.py --model_name_or_path DIR --text_file TEXT --max_length 1024
+    python launch/evaluate.py --model_name_or_path DIR --tasks arc_easy,piqa --include_path YAML_DIR \\
+        --limit 100 --output_path results.json
+
+Runs the same under `python`, `deepspeed` and `torchrun`; several ranks share the windows of the
+text and the requests of the tasks, and every one of them holds the whole model. Exit status: 0, or 2 for
+a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)  # lm-eval imports a package that is also called `evaluate`
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure, and on which model."""
+
+    model_name_or_path: str = field(metadata={"help": "folder of the model"})
+    text_file: str | None = field(
+        default=None, metadata={"help": 'perplexity on .txt, .json or .jsonl ("text"), also .gz'}
+    )
+    max_length: int = field(default=1024, metadata={"help": "tokens per window and per request"})
+    max_windows: int | None = field(default=None, metadata={"help": "only the text's first ones"})
+    tasks: str | None = field(default=None, metadata={"help": "lm-eval tasks, comma between"})
+    include_path: str | None = field(default=None, metadata={"help": "folder of task YAMLs"})
+    limit: float | None = field(default=None, metadata={"help": "documents per task; <1: a share"})
+    batch_size: int = field(default=8, metadata={"help": "requests at a time, for the tasks"})
+    dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
+    output_path: str | None = field(default=None, metadata={"help": "results as a JSON file"})
+    local_rank: int = field(default=-1, metadata={"help": "set by the deepspeed launcher"})
+
+
+def check(options: EvaluateArguments) -> Path:
+    """The model folder, after every check that needs neither the model nor lm-eval.
+
+    Raises:
+        ValueError: what is wrong and what to change.
+    """
+    from seft_ds.prune.calibrate import check_text_file
+
+    if options.text_file is None and options.tasks is None:
+        raise ValueError("nothing to measure: give --text_file FILE, --tasks NAME,NAME, or both")
+    if options.text_file is not None:
+        check_text_file(options.text_file)
+    torch_dtype(options.dtype)
+    if options.batch_size < 1 or (options.limit is not None and options.limit <= 0):
+        raise ValueError(
+            f"got --batch_size {options.batch_size} and --limit {options.limit}; wanted a whole "
+            "number above 0 and a number above 0"
+        )
+    if options.output_path is not None and Path(options.output_path).is_dir():
+        raise ValueError(f"--output_path {options.output_path} is a folder; give a JSON file")
+    return model_folder(options.model_name_or_path)
+
+
+def check_length(wanted_tokens: int, model: Any) -> None:
+    """Raises ValueError if the model cannot take sequences of `wanted_tokens`."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and wanted_tokens > longest:
+        raise ValueError(
+            f"got --max_length {wanted_tokens}, but the model takes {longest} tokens; give that or less"
+        )
+
+
+def task_names(tasks: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in tasks.split(",") if name.strip()]
+
+
+def limit_of(limit: float | None) -> float | None:
+    """lm-eval takes a whole number as a count of documents and a fraction as a share of them."""
+    return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def evaluate(options: EvaluateArguments) -> None:
+    """Check, load, measure, print and write."""
+    folder = check(options)
+    device = prepare_device()
+    # Only now the slow imports: a mistake in the arguments is told at once.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from seft_ds.distributed.collectives import close_ranks, init_ranks
+    from seft_ds.evaluate.perplexity import write_json
+
+    manager = None if options.tasks is None else known_tasks(options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ranks = init_ranks()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(options.dtype))
+    model = model.to(device).eval()
+    check_length(options.max_length, model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    results: dict[str, Any] = {"model": options.model_name_or_path, "dtype": dtype}
+    if options.text_file is not None:
+        results["perplexity"] = on_text(options, model, tokenizer, ranks)
+    if manager is not None:
+        results["tasks"] = on_tasks(options, model, tokenizer, ranks, manager)
+    if ranks.rank == 0 and options.output_path is not None:
+        write_json(options.output_path, results)
+        print(f"wrote {options.output_path}")
+    close_ranks()
+
+
+def on_text(options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any) -> dict[str, Any]:
+    """Perplexity on the text file; rank 0 prints it."""
+    from seft_ds.evaluate import perplexity
+
+    assert options.text_file is not None
+    start = time.monotonic()
+    text = perplexity.read_text(options.text_file)
+    windows = perplexity.windows_of(tokenizer, text, options.max_length, options.max_windows)
+    measured = perplexity.measure(model, windows, ranks, progress=ranks.rank == 0)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if ranks.rank == 0:
+        print(f"{perplexity.as_line(measured)}, {dtype}, {time.monotonic() - start:.0f} s")
+    return {"text_file": Path(options.text_file).name, **measured.as_json()}
+
+
+def known_tasks(options: EvaluateArguments) -> Any:
+    """lm-eval's index of tasks, once it holds all that were asked for."""
+    from seft_ds.evaluate import harness
+
+    return harness.task_manager(task_names(options.tasks or ""), options.include_path)
+
+
+def on_tasks(
+    options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any, manager: Any
+) -> dict[str, Any]:
+    """lm-eval's results for the tasks; rank 0 prints them and has them all."""
+    from seft_ds.evaluate import harness
+
+    found = harness.evaluate_tasks(
+        model,
+        tokenizer,
+        task_names(options.tasks or ""),
+        ranks,
+        manager=manager,
+        batch_size=options.batch_size,
+        limit=limit_of(options.limit),
+        max_length_tokens=options.max_length,
+    )
+    if ranks.rank == 0:
+        print(harness.as_table(found))
+    return harness.as_json(found)
+
+
+def main() -> None:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(EvaluateArguments, description=(__doc__ or "").splitlines()[0])
+    (options,) = parser.parse_args_into_dataclasses()
+    evaluate(options)
+
+
+if __name__ == "__main__":
+    status = run(main)
+    if status and not is_first_rank():
+        time.sleep(1)  # let rank 0 print before the launcher sees a failure and ends everybody
+    sys.exit(status)

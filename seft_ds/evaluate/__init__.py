@@ -1,0 +1,1 @@
+"""Perplexity over ranks and lm-eval tasks."""

@@ -1,0 +1,1 @@
+"""Dense model to sparse model: scores, calibration, and the walk over blocks."""

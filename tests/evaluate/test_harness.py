@@ -1,0 +1,170 @@
+"""lm-eval over ranks: who answers what, and tasks on local files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from seft_ds.evaluate.harness import (
+    answer_together,
+    as_json,
+    as_table,
+    check_names,
+    evaluate_tasks,
+    shares,
+    task_manager,
+)
+from tests.prune.models import WORDS, tiny_model, tiny_tokenizer
+from tests.ranks import run_threads
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: query
+metric_list:
+  - metric: word_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
+"""
+
+
+@dataclass
+class Request:
+    args: tuple
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_shares_cover_each_request_once_and_keep_contexts_together(size):
+    contexts = ["a", "b", "a", "c", "d", "b", "e", "a"]
+    dealt = shares(contexts, size)
+    assert sorted(i for part in dealt for i in part) == list(range(8))
+    for context in set(contexts):
+        owners = {r for r, part in enumerate(dealt) for i in part if contexts[i] == context}
+        assert len(owners) == 1
+    distinct = [len({contexts[i] for i in part}) for part in dealt]
+    assert max(distinct) - min(distinct) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_every_rank_gets_every_answer_in_order(size):
+    requests = [Request((f"c{i % 3}", i)) for i in range(7)]
+    asked: list[list[int]] = [[] for _ in range(size)]
+
+    def work(ranks):
+        def answer(part):
+            asked[ranks.rank] = [r.args[1] for r in part]
+            return [r.args[1] * 10 for r in part]
+
+        return answer_together(requests, answer, ranks)
+
+    assert run_threads(size, work) == [[i * 10 for i in range(7)]] * size
+    assert sorted(i for part in asked for i in part) == list(range(7))
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(11):
+        picked = [WORDS[i] for i in torch.randint(0, 60, (9,), generator=generator)]
+        rows.append({"query": " ".join(picked[:6]), "choices": picked[6:], "gold": 1})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, template in (("choice", CHOICE), ("rolling", ROLLING)):
+        (folder / f"{name}.yaml").write_text(template.format(rows=folder / "rows.jsonl"))
+    return folder, rows
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """The made-up rows leave nothing behind among the user's data sets."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def manager(task_folder):
+    """Once for all tests: the index of lm-eval's own tasks takes seconds."""
+    return task_manager(["tiny_choice", "tiny_rolling"], str(task_folder[0]))
+
+
+def slow_accuracy(model, tokenizer, rows) -> float:
+    """Share of the rows whose gold word has the highest logit."""
+    hits = 0
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["query"])["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -1]
+        scores = [float(logits[tokenizer(c)["input_ids"][0]]) for c in row["choices"]]
+        hits += max(range(3), key=lambda i: scores[i]) == row["gold"]
+    return hits / len(rows)
+
+
+def test_tasks_give_the_same_on_one_and_two_ranks(task_folder, manager):
+    _, rows = task_folder
+    names = ["tiny_choice", "tiny_rolling"]
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+
+    def work(ranks, limit=None):
+        found = evaluate_tasks(
+            model, tokenizer, names, ranks, manager=manager, batch_size=2, limit=limit
+        )
+        return found["results"]
+
+    (alone,) = run_threads(1, work)
+    assert alone["tiny_choice"]["acc,none"] == slow_accuracy(model, tokenizer, rows)
+    for result in run_threads(2, work):
+        assert result["tiny_choice"]["acc,none"] == alone["tiny_choice"]["acc,none"]
+        assert result["tiny_rolling"]["word_perplexity,none"] == pytest.approx(
+            alone["tiny_rolling"]["word_perplexity,none"], rel=1e-5
+        )
+    # Fewer documents than ranks: nobody waits for ever.
+    for result in run_threads(2, lambda ranks: work(ranks, limit=1)):
+        assert result["tiny_choice"]["acc,none"] == slow_accuracy(model, tokenizer, rows[:1])
+
+
+def test_results_for_people_and_for_files(manager):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+
+    def work(ranks):
+        return evaluate_tasks(model, tokenizer, ["tiny_choice"], ranks, manager=manager, limit=4)
+
+    (results,) = run_threads(1, work)
+    assert "tiny_choice" in as_table(results)
+    kept = json.loads(json.dumps(as_json(results), default=str))
+    assert kept["n-samples"]["tiny_choice"]["effective"] == 4
+    assert 0 <= kept["results"]["tiny_choice"]["acc,none"] <= 1
+
+
+def test_unknown_tasks_and_folders_are_named(task_folder, manager):
+    folder, _ = task_folder
+    with pytest.raises(ValueError, match="no task tiny_chioce.*--include_path"):
+        check_names(["tiny_choice", "tiny_chioce"], manager)
+    with pytest.raises(ValueError, match="no folder .*absent"):
+        task_manager(["tiny_choice"], str(folder / "absent"))
+    with pytest.raises(ValueError, match="names no task"):
+        task_manager([], None)

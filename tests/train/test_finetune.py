@@ -1,0 +1,184 @@
+"""`launch/finetune.py` as a user runs it: one real run on two ranks, then everything that it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from seft_ds.checkpoint.export import save_pruned
+from seft_ds.checkpoint.verify import verify
+from tests.tiny import dense_model, prune_
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+WORDS = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion".split()
+
+
+def tokenizer_into(folder: Path) -> None:
+    """A word-level tokenizer of 128 entries, made here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["<unk>", "<eos>", "<pad>", *WORDS])}
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), 128)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def make_models(folder: Path) -> None:
+    """folder/dense and folder/pruned: a tiny LLaMA in bf16 with a tokenizer."""
+    model = dense_model("llama", torch.bfloat16)
+    model.save_pretrained(folder / "dense")
+    tokenizer_into(folder / "dense")
+    prune_(model, 0.6)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    save_pruned(
+        model, folder / "dense", folder / "pruned", {f"{n}.weight": None for n in names}, {}
+    )
+    lines = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(200)]
+    (folder / "text.txt").write_text("\n".join(lines))
+
+
+def finetune(folder: Path, *flags: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    """Run the script, on `ranks` ranks through the deepspeed launcher, or plainly on one."""
+    start = [BIN / "deepspeed", "--num_gpus", ranks] if ranks else [sys.executable]
+    base = ["--deepspeed", ROOT / "ds_configs/zero3.json", "--max_length", "16"]
+    command = [*start, ROOT / "launch/finetune.py", *base, *flags]
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> Path:
+    """A run of 12 steps on 2 ranks, with events and checkpoints."""
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "run",
+        "--max_steps", "12", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2",
+        "--packing", "true", "--packing_strategy", "wrapped", "--logging_steps", "1",
+        "--save_strategy", "steps", "--save_steps", "6", "--seft.interval", "4", "--seft.window", "2",
+        "--seft.density=0.05", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no GPU found: running on CPU" in done.stderr or torch.cuda.is_available()
+    return home / "run"
+
+
+def test_the_run_directory(home: Path, finished: Path) -> None:
+    result = verify(finished)
+    assert result.ok, result.problems
+    before = json.loads((home / "pruned/sparsity.json").read_text())
+    after = json.loads((finished / "sparsity.json").read_text())
+    assert {n: t["live"] for n, t in after["targets"].items()} == {
+        n: t["live"] for n, t in before["targets"].items()
+    }
+    assert after["mask_digest"] != before["mask_digest"] and after["events"] > 0
+    records = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
+    kinds = [r["kind"] for r in records]
+    assert kinds[0] == "run" and kinds[-1] == "end" and kinds.count("step") == 12
+    events = [r for r in records if r["kind"] == "event"]
+    assert len(events) == after["events"]
+    assert all(r["live"] == r["target_live"] and r["seconds"] > 0 and r["bytes"] > 0 for r in events)
+    losses = [r["loss"] for r in records if r["kind"] == "step"]
+    assert losses[-1] < losses[0]
+    for name in ("resolved_config.yaml", "report.html", "README.md", "tokenizer.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert "interval: 4" in (finished / "resolved_config.yaml").read_text()
+
+
+def test_export_of_the_last_checkpoint_is_the_final_model(home: Path, finished: Path) -> None:
+    from safetensors.torch import load_file
+
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/export.py", "--checkpoint", "run/checkpoint-12",
+         "--output_dir", "exported"],
+        cwd=home, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert verify(home / "exported").ok
+    final, exported = (load_file(d / "model.safetensors") for d in (finished, home / "exported"))
+    assert final.keys() == exported.keys()
+    assert all(torch.equal(final[n], exported[n]) for n in final)
+
+
+def test_resume_continues_to_the_same_model(home: Path, finished: Path) -> None:
+    """From the checkpoint at step 6 the same steps lead to the same weights."""
+    from safetensors.torch import load_file
+
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "again",
+        "--max_steps", "12", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2",
+        "--packing", "true", "--packing_strategy", "wrapped", "--logging_steps", "1",
+        "--seft.interval", "4", "--seft.window", "2", "--seft.density=0.05",
+        "--resume", str(finished / "checkpoint-6"), ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    final, again = (load_file(d / "model.safetensors") for d in (finished, home / "again"))
+    assert all(torch.equal(final[n], again[n]) for n in final)
+
+
+BAD = {
+    "dense model": (["--model_name_or_path", "dense"], "nothing to repair"),
+    "no weights": (["--model_name_or_path", "empty"], "holds no weights"),
+    "no such data": (["--train_file", "none.jsonl"], "no such file"),
+    "wrong columns": (["--train_file", "odd.jsonl"], "wanted one of: text"),
+    "a run is there": (["--output_dir", "taken"], "--resume auto"),
+    "density": (["--seft.density", "0"], "density = 0"),
+    "too many slots": (["--seft.density", "0.9"], "lower density"),
+    "interval": (["--seft.interval", "2"], "shorter than window"),
+    "unknown setting": (["--seft.intervall", "20"], "did you mean 'interval'"),
+    "no ZeRO section": (["--deepspeed", "nozero.json"], 'no "zero_optimization" section'),
+    "unknown flag": (["--learning_rat", "1"], "learning_rat"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_nothing_is_lost(home: Path, case: str) -> None:
+    (home / "empty").mkdir(exist_ok=True)
+    (home / "empty/config.json").write_text((home / "dense/config.json").read_text())
+    (home / "odd.jsonl").write_text('{"question": "a", "reply": "b"}\n')
+    (home / "nozero.json").write_text('{"seft": {}}')
+    (home / "taken").mkdir(exist_ok=True)
+    (home / "taken/journal.jsonl").write_text("precious\n")
+    flags, said = BAD[case]
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "new",
+        "--max_steps", "2", *flags,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (home / "new").exists()
+    assert (home / "taken/journal.jsonl").read_text() == "precious\n"
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(home: Path) -> None:
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "dry",
+        "--max_steps", "2", "--dry_run", "true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "14 sparse weights" in done.stdout and "in the loss" in done.stdout
+    assert not (home / "dry").exists()
