@@ -71,7 +71,10 @@ def parse(argv: list[str]) -> Arguments:
     """
     argv, seft_flags = _split_seft_flags(argv)
     argv, seft_yaml = _expand_yaml(argv)
-    parser = HfArgumentParser([ModelArguments, DataArguments, RunArguments])  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, RunArguments],  # type: ignore[arg-type]
+        allow_abbrev=False,
+    )
     values = vars(parser.parse_args(argv))
     if not values.get("deepspeed"):
         raise ValueError(

@@ -24,7 +24,6 @@ from seft_ds.checkpoint.export import versions
 from seft_ds.checkpoint.model import save_model
 from seft_ds.config import SeftConfig
 from seft_ds.report.journal import JOURNAL_NAME, Journal
-from seft_ds.targets import Target
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
@@ -65,12 +64,6 @@ class SeftCallback(TrainerCallback):
     def seft(self) -> SparseEvolution:
         return self.engine.seft
 
-    @property
-    def targets(self) -> list[Target]:
-        """The sparse weights, once the trainer has been built."""
-        attached = find_attached(self.model)
-        return [t.target for t in attached.targets] if attached is not None else []
-
     def save_model(self, output_dir: str | Path) -> dict[str, Any]:
         """Write the repaired sparse model; returns its sparsity record. Every rank calls it."""
         return save_model(self.engine, find_attached(self.model).source_dir, output_dir)  # type: ignore[union-attr]
@@ -86,6 +79,7 @@ class SeftCallback(TrainerCallback):
                 '"zero_optimization" section) in TrainingArguments'
             )
         self.model = kwargs["model"]
+        _hide_seft_block(args)
         if find_attached(self.model) is None:
             attach(self.model, self.config if self.config is not None else args.deepspeed)
 
@@ -171,3 +165,10 @@ class SeftCallback(TrainerCallback):
             ],
             "versions": versions(),
         } | self.about
+
+
+def _hide_seft_block(args: TrainingArguments) -> None:
+    """Take our block out of the copy that accelerate resolves: it takes every "auto" for its own."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.hf_ds_config.config.pop("seft", None)

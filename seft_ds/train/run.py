@@ -6,15 +6,18 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
+from seft_ds.api import attach
 from seft_ds.checkpoint.model import save_model
 from seft_ds.console import model_folder
 from seft_ds.distributed.collectives import ProcessRanks
@@ -22,9 +25,11 @@ from seft_ds.report.card import write_model_card
 from seft_ds.report.facts import facts_of
 from seft_ds.report.journal import JOURNAL_NAME, read_journal
 from seft_ds.report.page import write_report
+from seft_ds.targets import Target
 from seft_ds.train.arguments import Arguments, model_dtype
 from seft_ds.train.callback import SeftCallback
 from seft_ds.train.data import describe_sample, load_rows
+from seft_ds.zero.initialize import find_attached
 
 CONFIG_NAME = "resolved_config.yaml"
 RECORD_NAME = "sparsity.json"
@@ -44,25 +49,24 @@ class SparseSFTTrainer(SFTTrainer):
 
 
 def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
-    """Load, train, save, report. Every rank calls it."""
+    """Load, train, save, report. Every rank calls it. What can be refused is refused before training."""
     run = arguments.run
     output = Path(str(run.output_dir))
     folder = model_folder(arguments.model.model_name_or_path)
-    data = arguments.data
-    split = "train" if not data.max_train_samples else f"train[:{data.max_train_samples}]"
-    with run.main_process_first(desc="reading the data"):
-        train_rows = load_rows(data.train_file, data.dataset_name, data.dataset_config, split)
-        if data.train_file and data.max_train_samples:
-            train_rows = train_rows.select(range(min(data.max_train_samples, len(train_rows))))
-        eval_rows = (
-            load_rows(data.validation_file, None, None, "train") if data.validation_file else None
-        )
-    checkpoint = prepare_output(output, arguments, ranks)
+    checkpoint = find_checkpoint(run.resume, output)
+    train_rows, eval_rows = read_data(arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype = model_dtype(str(folder), arguments.model.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config.use_cache = False
-    callback = SeftCallback(arguments.deepspeed, journal_dir=output, about=run_facts(arguments))
+    attach(model, arguments.deepspeed)
+    targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]
+    check_loaded(targets, folder)
+    if run.dry_run:
+        run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
+    else:
+        prepare_output(output, arguments, keep=checkpoint is not None, ranks=ranks)
+    callback = SeftCallback(journal_dir=output, about=run_facts(arguments))
     trainer = SparseSFTTrainer(
         model=model,
         args=run,
@@ -72,10 +76,10 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
         callbacks=[callback],
     )
     trainer.seft_source = str(folder)
-    check_loaded(callback, folder)
     if ranks.rank == 0:
-        print(describe_targets(callback), describe_sample(trainer, tokenizer), sep="\n", flush=True)
+        print(describe_targets(targets), describe_sample(trainer, tokenizer), sep="\n", flush=True)
     if run.dry_run:
+        shutil.rmtree(str(run.output_dir), ignore_errors=True)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     record = save_model(trainer.model_wrapped, folder, output, {"command": " ".join(sys.argv)})
@@ -83,30 +87,41 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
         finish(output, record)
 
 
-def prepare_output(output: Path, arguments: Arguments, ranks: ProcessRanks) -> str | None:
-    """Make the run directory ready; returns the checkpoint to resume from, if any."""
-    run = arguments.run
-    if run.dry_run:
+def find_checkpoint(resume: str, output: Path) -> str | None:
+    """The checkpoint that --resume means; None: start from the pruned model."""
+    if resume == "never":
         return None
-    checkpoint = None
-    if run.resume == "auto":
-        checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    elif run.resume != "never":
-        if not Path(run.resume).is_dir():
-            raise ValueError(
-                f"--resume {run.resume}: wanted auto, never, or the folder of a checkpoint"
-            )
-        checkpoint = run.resume
+    if resume == "auto":
+        return get_last_checkpoint(str(output)) if output.is_dir() else None
+    if not Path(resume).is_dir():
+        raise ValueError(f"--resume {resume}: wanted auto, never, or the folder of a checkpoint")
+    return resume
+
+
+def read_data(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation rows; rank 0 of each machine reads first, the others find its cache."""
+    data = arguments.data
+    with arguments.run.main_process_first(desc="reading the data"):
+        rows = load_rows(data.train_file, data.dataset_name, data.dataset_config, "train")
+        if data.max_train_samples:
+            rows = rows.select(range(min(data.max_train_samples, len(rows))))
+        held_out = None
+        if data.validation_file:
+            held_out = load_rows(data.validation_file, None, None, "train")
+    return rows, held_out
+
+
+def prepare_output(output: Path, arguments: Arguments, keep: bool, ranks: ProcessRanks) -> None:
+    """Make the run directory ready on rank 0. keep: a run goes on there, only its model is made anew."""
     ranks.barrier()  # everybody has looked before anybody writes
     if ranks.rank == 0:
-        if run.overwrite and checkpoint is None and output.is_dir():
+        if arguments.run.overwrite and not keep and output.is_dir():
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         for old in [*output.glob("*.safetensors*"), output / RECORD_NAME]:
-            old.unlink(missing_ok=True)  # a resumed run writes the model anew
+            old.unlink(missing_ok=True)
         (output / CONFIG_NAME).write_text(yaml.safe_dump(resolved(arguments), sort_keys=False))
     ranks.barrier()
-    return checkpoint
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:
@@ -146,7 +161,7 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores"
 
 
-def check_loaded(callback: SeftCallback, folder: Path) -> None:
+def check_loaded(targets: list[Target], folder: Path) -> None:
     """Compare what was loaded with the model's own record, where it has one.
 
     Raises:
@@ -156,7 +171,7 @@ def check_loaded(callback: SeftCallback, folder: Path) -> None:
     if not path.is_file():
         return
     recorded = json.loads(path.read_text())["targets"]
-    for target in callback.targets:
+    for target in targets:
         entry = recorded.get(f"{target.name}.weight")
         if entry is not None and entry["live"] != target.target_live:
             raise ValueError(
@@ -165,8 +180,7 @@ def check_loaded(callback: SeftCallback, folder: Path) -> None:
             )
 
 
-def describe_targets(callback: SeftCallback) -> str:
-    targets = callback.targets
+def describe_targets(targets: list[Target]) -> str:
     live, total = sum(t.target_live for t in targets), sum(t.numel for t in targets)
     slots = sum(t.n_slots for t in targets)
     patterns = sorted({f"{p[0]}:{p[1]}" for t in targets if (p := t.pattern)}) or ["unstructured"]

@@ -100,7 +100,9 @@ def test_the_run_directory(home: Path, finished: Path) -> None:
     assert kinds[0] == "run" and kinds[-1] == "end" and kinds.count("step") == 12
     events = [r for r in records if r["kind"] == "event"]
     assert len(events) == after["events"]
-    assert all(r["live"] == r["target_live"] and r["seconds"] > 0 and r["bytes"] > 0 for r in events)
+    assert all(
+        r["live"] == r["target_live"] and r["seconds"] > 0 and r["bytes"] > 0 for r in events
+    )
     losses = [r["loss"] for r in records if r["kind"] == "step"]
     assert losses[-1] < losses[0]
     for name in ("resolved_config.yaml", "report.html", "README.md", "tokenizer.json"):
