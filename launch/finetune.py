@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -23,8 +22,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 from seft_ds.console import prepare_device, run
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from seft_ds.checkpoint.hooks import carry_state
-from seft_ds.config import SeftConfig, load_deepspeed_config, parse_seft
+from seft_ds.config import SeftConfig, check_batch_sizes, load_deepspeed_config, parse_seft
+from seft_ds.distributed.collectives import init_ranks
 from seft_ds.zero.initialize import attach_model, find_attached, make_engine
 
 
@@ -50,6 +51,7 @@ def initialize(
             'set "total_steps" in the "seft" block to the optimizer steps of the whole run: a loop of '
             "your own can't tell SEFT how long it will be (transformers' Trainer can)"
         )
+    check_batch_sizes(checked, init_ranks().size)
     if find_attached(model) is None:
         attach(model, settings)
     return make_engine(model, checked, **kwargs)

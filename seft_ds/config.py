@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,28 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
+def reference_table() -> str:
+    """All settings as a Markdown table; docs/configuration.md holds it, and a test compares."""
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in SeftConfig.model_fields.items():
+        kind, default = _type_text(field.annotation), json.dumps(field.default)
+        lines.append(f"| `{name}` | {kind} | `{default}` | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_text(annotation: Any) -> str:
+    """A type as a reader of JSON would put it: "fold" or "revert", number, list of string ..."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(json.dumps(value) for value in parts)
+    if typing.get_origin(annotation) is list:
+        return f"list of {_type_text(parts[0])}"
+    if parts:
+        return " or ".join(_type_text(part) for part in parts)
+    names = {int: "whole number", float: "number", str: "string", bool: "true or false"}
+    return names.get(annotation, "null")
+
+
 def load_deepspeed_config(source: str | Path | dict) -> dict:
     """A DeepSpeed config as a dict of its own, from a dict or a JSON file, with its "seft" block checked.
 
@@ -163,6 +186,24 @@ def load_deepspeed_config(source: str | Path | dict) -> dict:
         )
     parse_seft(config.get("seft", {}))
     return config
+
+
+def check_batch_sizes(config: dict, n_ranks: int) -> None:
+    """ValueError if the config's batch sizes can't be had with this many ranks.
+
+    DeepSpeed wants train_batch_size = micro batch · accumulation · ranks; "auto" and missing ones are free.
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (v if isinstance(v := config.get(n), int) else None for n in names)
+    if total is None:
+        return
+    known = (micro or 1) * (steps or 1) * n_ranks
+    if total % known or (micro and steps and total != known):
+        raise ValueError(
+            f"train_batch_size {total} can't be had on {n_ranks} ranks with micro batch {micro or 'free'} and "
+            f"{steps or 'free'} accumulation steps: it has to be their product; change one of "
+            f"{', '.join(names)} (one of them may be left out), or the number of ranks"
+        )
 
 
 def with_overrides(config: dict, overrides: dict[str, Any]) -> dict:

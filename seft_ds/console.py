@@ -4,8 +4,10 @@ that a mistake of the user is told.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 def prepare_device() -> torch.device:
     """The device of this rank: its GPU by LOCAL_RANK, or the CPU, which rank 0 then says once."""
+    quiet_libraries()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -24,6 +27,13 @@ def prepare_device() -> torch.device:
     if is_first_rank():
         print("no GPU found: running on CPU", file=sys.stderr)
     return torch.device("cpu")
+
+
+def quiet_libraries() -> None:
+    """Silence what users can do nothing about: deprecations inside libraries, kernels for 4-bit models."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def share_cores() -> None:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from seft_ds.config import load_deepspeed_config, parse_seft, with_overrides
+from seft_ds.config import (
+    check_batch_sizes,
+    load_deepspeed_config,
+    parse_seft,
+    reference_table,
+    with_overrides,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,3 +67,25 @@ def test_shipped_configs_are_complete(path: Path) -> None:
     parse_seft(config["seft"])
     assert config["zero_optimization"]["stage"] in (0, 1, 2, 3)
     assert json.loads(path.read_text()) == config
+
+
+def test_the_documented_reference_is_the_code() -> None:
+    assert reference_table() in (ROOT / "docs/configuration.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "total, micro, steps, ranks, fits",
+    [(8, 2, 2, 2, True), (8, 2, 2, 3, False), (8, 2, None, 4, True), (8, 2, None, 3, False),
+     (9, None, None, 2, False), ("auto", 2, 2, 3, True), (None, 2, 2, 5, True)],
+)  # fmt: skip
+def test_batch_sizes_that_the_ranks_cannot_make(total, micro, steps, ranks, fits) -> None:
+    config = {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+    }
+    if fits:
+        check_batch_sizes(config, ranks)
+    else:
+        with pytest.raises(ValueError, match=f"can't be had on {ranks} ranks"):
+            check_batch_sizes(config, ranks)

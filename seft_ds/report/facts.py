@@ -31,6 +31,10 @@ class Facts:
         return self.run.get("targets") or []
 
     @property
+    def last_step(self) -> int:
+        return max((int(s["step"]) for s in self.steps), default=0)
+
+    @property
     def event_seconds(self) -> float:
         return sum(number(e.get("seconds")) for e in self.events)
 

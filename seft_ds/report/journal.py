@@ -1,7 +1,7 @@
 """The journal of a run: `journal.jsonl`, one JSON object a line, each with its `kind`.
 
     run     once a start: command, config, model, ranks, zero_stage, dtype, targets, versions
-    step    step, loss, learning_rate, grad_norm, seconds, tokens
+    step    step, loss, learning_rate, grad_norm; seconds, tokens (since the line before it)
     event   step, target, dropped, grown, kept, revived, died, folded, pruned, live, target_live,
             slots, seconds, bytes
     fresh   step, largest_update, learning_rate: the step after an event, fresh slots only

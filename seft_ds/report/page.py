@@ -163,7 +163,7 @@ def _time_cells(facts: Facts) -> list[Cell]:
     each = facts.event_bytes / max(len(facts.events), 1)
     events = f"{len(facts.events):,} events" if len(facts.events) != 1 else "1 event"
     return [
-        ("Time", duration(facts.seconds), f"{len(facts.steps):,} steps, {speed}".rstrip(", "), ""),
+        ("Time", duration(facts.seconds), f"{facts.last_step:,} steps, {speed}".rstrip(", "), ""),
         ("Time in events", f"{share:.1f} %", f"{duration(facts.event_seconds)}, {events}", ""),
         ("Traffic of events", size_text(facts.event_bytes), f"{size_text(each)} an event", ""),
     ]
@@ -252,8 +252,10 @@ def _circumstances(facts: Facts) -> str:
     command = facts.run.get("command") or "not recorded"
     if isinstance(command, list):
         command = " ".join(map(str, command))
-    versions = facts.run.get("versions") or {}
-    config = json.dumps(facts.run.get("config") or {}, indent=2, ensure_ascii=False)
+    hardware = {"hardware": facts.run["hardware"]} if facts.run.get("hardware") else {}
+    versions = hardware | (facts.run.get("versions") or {})
+    settings = {**(facts.run.get("config") or {}), **(facts.run.get("arguments") or {})}
+    config = json.dumps(settings, indent=2, ensure_ascii=False)
     return (
         f"<p>Command</p><pre>{escape(str(command))}</pre>"
         + "<p>Environment</p>"

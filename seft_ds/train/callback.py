@@ -50,7 +50,7 @@ class SeftCallback(TrainerCallback):
         self.journal: Journal | None = None
         self.model: Any = None
         self._started = self._last_log = 0.0
-        self._last_step = self._last_tokens = 0
+        self._last_tokens = 0
 
     @property
     def engine(self) -> Any:
@@ -88,7 +88,6 @@ class SeftCallback(TrainerCallback):
     ) -> None:
         self.seft.begin(state.max_steps)
         self._started = self._last_log = time.perf_counter()
-        self._last_step = state.global_step
         if state.is_world_process_zero:
             folder = Path(self.journal_dir or args.output_dir or ".")
             self.journal = Journal(folder / JOURNAL_NAME)
@@ -107,7 +106,6 @@ class SeftCallback(TrainerCallback):
             return
         now = time.perf_counter()
         if "loss" in logs:
-            steps = max(1, state.global_step - self._last_step)
             tokens = int(logs.get("num_tokens") or state.num_input_tokens_seen or 0)
             self.journal.write(
                 "step",
@@ -115,10 +113,10 @@ class SeftCallback(TrainerCallback):
                 loss=float(logs["loss"]),
                 learning_rate=logs.get("learning_rate"),
                 grad_norm=logs.get("grad_norm"),
-                seconds=(now - self._last_log) / steps,
-                tokens=(tokens - self._last_tokens) / steps,
+                seconds=now - self._last_log,
+                tokens=tokens - self._last_tokens,
             )
-            self._last_log, self._last_step, self._last_tokens = now, state.global_step, tokens
+            self._last_log, self._last_tokens = now, tokens
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith("loss"):
                 self.journal.write("eval", step=state.global_step, name=name, value=float(value))

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from seft_ds.api import attach
 from seft_ds.checkpoint.model import save_model
+from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.report.card import write_model_card
@@ -51,6 +52,7 @@ class SparseSFTTrainer(SFTTrainer):
 def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
     """Load, train, save, report. Every rank calls it. What can be refused is refused before training."""
     run = arguments.run
+    check_batch_sizes(arguments.deepspeed, ranks.size)
     output = Path(str(run.output_dir))
     folder = model_folder(arguments.model.model_name_or_path)
     checkpoint = find_checkpoint(run.resume, output)
