@@ -200,9 +200,9 @@ def check_batch_sizes(config: dict, n_ranks: int) -> None:
     known = (micro or 1) * (steps or 1) * n_ranks
     if total % known or (micro and steps and total != known):
         raise ValueError(
-            f"train_batch_size {total} can't be had on {n_ranks} ranks with micro batch {micro or 'free'} and "
-            f"{steps or 'free'} accumulation steps: it has to be their product; change one of "
-            f"{', '.join(names)} (one of them may be left out), or the number of ranks"
+            f"train_batch_size {total} can't be had on {n_ranks} ranks with micro batch "
+            f"{micro or 'free'} and {steps or 'free'} accumulation steps, whose product it has to be; "
+            f"change one of {', '.join(names)} (one may be left out), or the number of ranks"
         )
 
 
