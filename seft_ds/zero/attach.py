@@ -5,6 +5,7 @@ Works on whole weights and on weights that `deepspeed.zero.Init` has already par
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import masked_keys
 from seft_ds.targets import Target, assign_slots, matches, parse_pattern, total_slots
 from seft_ds.zero import shards
+
+_KEYS_AT_ONCE = 1 << 27  # bounds the memory of choosing the first slots: 512 MiB of keys
 
 
 @dataclass
@@ -146,13 +149,28 @@ def _random_live(
     targets: list[Target], bits: list[torch.Tensor], seed: int, ranks: Ranks
 ) -> list[torch.Tensor]:
     """K random live positions of each weight, ascending, the same on every rank and rank count."""
-    keys, begins = [], []
-    for i, (target, live_bits) in enumerate(zip(targets, bits, strict=True)):
-        multiple = target.pattern[1] if target.pattern else 1
-        lo, hi = shard_range(target.numel, ranks.rank, ranks.size, multiple)
-        position = torch.arange(lo, hi, device=live_bits.device)
-        live = mask.unpack(live_bits, hi - lo)
-        keys.append(masked_keys(hash_keys(position, seed * len(targets) + i), live))
-        begins.append(lo)
-    chosen = select(keys, list(range(len(targets))), [t.n_slots for t in targets], ranks)
-    return gather_lists([lo + c for lo, c in zip(begins, chosen, strict=True)], ranks)
+    positions: list[torch.Tensor] = []
+    for first, stop in _runs(targets, ranks.size):
+        keys, begins = [], []
+        for i in range(first, stop):
+            multiple = targets[i].pattern[1] if targets[i].pattern else 1  # type: ignore[index]
+            lo, hi = shard_range(targets[i].numel, ranks.rank, ranks.size, multiple)
+            position = torch.arange(lo, hi, device=bits[i].device)
+            live = mask.unpack(bits[i], hi - lo)
+            keys.append(masked_keys(hash_keys(position, seed * len(targets) + i), live))
+            begins.append(lo)
+        counts = [t.n_slots for t in targets[first:stop]]
+        chosen = select(keys, list(range(stop - first)), counts, ranks)
+        positions += gather_lists([b + c for b, c in zip(begins, chosen, strict=True)], ranks)
+    return positions
+
+
+def _runs(targets: list[Target], n_ranks: int) -> Iterator[tuple[int, int]]:
+    """Targets [first, stop) that are decided together: their keys on one rank are bounded in number."""
+    first, entries = 0, 0
+    for i, target in enumerate(targets):
+        if i > first and entries + target.numel // n_ranks > _KEYS_AT_ONCE:
+            yield first, i
+            first, entries = i, 0
+        entries += target.numel // n_ranks
+    yield first, len(targets)

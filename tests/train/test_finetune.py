@@ -152,6 +152,7 @@ BAD = {
     "interval": (["--seft.interval", "2"], "shorter than window"),
     "unknown setting": (["--seft.intervall", "20"], "did you mean 'interval'"),
     "no ZeRO section": (["--deepspeed", "nozero.json"], 'no "zero_optimization" section'),
+    "batch size": (["--deepspeed", "batch7.json"], "can't be had on 1 ranks"),
     "unknown flag": (["--learning_rat", "1"], "learning_rat"),
 }
 
@@ -162,6 +163,9 @@ def test_bad_input_is_refused_and_nothing_is_lost(home: Path, case: str) -> None
     (home / "empty/config.json").write_text((home / "dense/config.json").read_text())
     (home / "odd.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     (home / "nozero.json").write_text('{"seft": {}}')
+    shipped = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    odd = {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
+    (home / "batch7.json").write_text(json.dumps(shipped | odd))
     (home / "taken").mkdir(exist_ok=True)
     (home / "taken/journal.jsonl").write_text("precious\n")
     flags, said = BAD[case]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import run_processes
-from tests.tiny import tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 STEPS, WINDOW, INTERVAL = 30, 3, 5
 KINDS = ("llama", "mistral", "qwen2", "llama24")
@@ -89,11 +89,39 @@ def train(kind: str, stage: int, bf16: bool, **seft) -> dict:
         if kind.endswith("24"):
             assert (live.view(-1, 4).sum(1) == 2).all()
         final[name] = (weight, live)
+    check_export(engine, kind, probe)
     ours = ("seft_delta", "seft_position")
     for name, p in model.named_parameters():  # nothing but the targets moved
         if not name.endswith(ours) and name.removesuffix(".weight") not in states:
             assert torch.equal(shards.gather_whole(p, evolution.ranks), before[name]), name
     return {"losses": losses, "final": final, "records": records}
+
+
+def check_export(engine, kind: str, probe: torch.Tensor) -> None:
+    """The files hold exactly the live counts, and the model that loads from them is the engine's."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    import seft_ds
+
+    engine.eval()
+    with torch.no_grad():
+        trained = engine(probe).logits
+    with tempfile.TemporaryDirectory() as folder:  # rank 0's is the one that is written to
+        tiny_config(kind.removesuffix("24")).save_pretrained(folder)
+        record = seft_ds.save_model(engine, folder, f"{folder}/model")
+        for state in engine.seft.states:
+            entry = record["targets"][f"{state.target.name}.weight"]
+            assert entry["live"] == entry["target_live"] or engine.seft.config.scope == "global"
+            assert entry["pattern"] == ("2:4" if kind.endswith("24") else None)
+        assert record["live"] == sum(s.target.target_live for s in engine.seft.states)
+        if engine.seft.ranks.rank == 0:
+            loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=trained.dtype)
+            with torch.no_grad():
+                torch.testing.assert_close(loaded.eval()(probe).logits, trained, rtol=0, atol=1e-6)
+        engine.seft.ranks.barrier()
+    engine.train()
 
 
 def live_mask(evolution, target: int, numel: int) -> torch.Tensor:
