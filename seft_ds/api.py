@@ -52,6 +52,12 @@ def initialize(
             "your own can't tell SEFT how long it will be (transformers' Trainer can)"
         )
     check_batch_sizes(checked, init_ranks().size)
-    if find_attached(model) is None:
+    attached = find_attached(model)
+    if attached is None:
         attach(model, settings)
+    elif attached.config != settings:
+        raise ValueError(
+            'the model was attached with other settings than this config\'s "seft" block; give the same '
+            "config to both calls, or leave attach() out"
+        )
     return make_engine(model, checked, **kwargs)

@@ -112,7 +112,9 @@ def parse_seft(block: Any) -> SeftConfig:
     if not isinstance(block, dict):
         raise ValueError(f'"seft" must be an object of settings, got {type(block).__name__}')
     known = SeftConfig.model_fields
-    for key in block:
+    for key, value in block.items():
+        if isinstance(value, bool) and key in known and known[key].annotation is not bool:
+            raise ValueError(f'"seft" block: {key} = {value}: wanted a value, not true or false')
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
@@ -207,7 +209,14 @@ def check_batch_sizes(config: dict, n_ranks: int) -> None:
 
 
 def with_overrides(config: dict, overrides: dict[str, Any]) -> dict:
-    """The config with flags such as `--seft.interval 60` merged into its "seft" block, checked again."""
-    merged = {**config, "seft": {**config.get("seft", {}), **overrides}}
+    """The config with flags such as `--seft.interval 60` merged into its "seft" block, checked again.
+
+    `trainable` and `density` both set the number of slots: either one given here replaces the other.
+    """
+    block = dict(config.get("seft", {}))
+    for one, other in (("trainable", "density"), ("density", "trainable")):
+        if one in overrides and other not in overrides:
+            block.pop(other, None)
+    merged = {**config, "seft": {**block, **overrides}}
     parse_seft(merged["seft"])
     return merged

@@ -54,7 +54,7 @@ def is_first_rank() -> bool:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Exit status of `main`: 0, or 2 after a ValueError, which rank 0 prints as one line.
+    """Exit status of `main`: 0, or 2 after a ValueError, which the first rank of each machine prints.
 
     ValueError is how this project tells users what to change, so its traceback would only hide the
     message. Every other error passes through with its traceback.
@@ -62,8 +62,11 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
     except ValueError as error:
+        text = " ".join(str(error).split())
         if is_first_rank():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {text}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK") == "0":  # a file that is missing on this machine only
+            print(f"error on rank {os.environ.get('RANK')}: {text}", file=sys.stderr)
         return 2
     return 0
 

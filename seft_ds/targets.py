@@ -20,6 +20,16 @@ class Target:
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def multiple(self) -> int:
+        """What borders between owners are rounded to: M of an N:M pattern."""
+        return self.pattern[1] if self.pattern else 1
+
+    @property
+    def pattern_text(self) -> str | None:
+        """The pattern as "N:M"; None: unstructured."""
+        return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else None
+
 
 def parse_pattern(text: str) -> tuple[int, int]:
     """Read "2:4" as (2, 4): N live in each group of M. ValueError for anything else."""

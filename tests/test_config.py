@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"pattern": "4:2"}, "wanted N:M"),
         ({"drop_fraction": -0.1}, "drop_fraction = -0.1"),
         ({"grow": "magic"}, "'magnitude' or 'random'"),
+        ({"window": True}, "not true or false"),
         ("on", "must be an object"),
     ],
 )
@@ -48,6 +49,8 @@ def test_defaults_and_overrides() -> None:
     seft = parse_seft(merged["seft"])
     assert (seft.interval, seft.release, seft.window) == (60, "revert", 5)
     assert config["seft"] == {"interval": 20}
+    by_count = with_overrides({**config, "seft": {"density": 0.02}}, {"trainable": "rank=4"})
+    assert by_count["seft"] == {"trainable": "rank=4"}
     assert parse_seft({}).in_waves and not parse_seft({"scope": "global"}).in_waves
 
 

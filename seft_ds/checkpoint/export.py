@@ -43,6 +43,7 @@ from seft_ds.checkpoint.verify import (
     verify,
 )
 from seft_ds.sparse import mask
+from seft_ds.sparse.pattern import at_most, fill
 from seft_ds.targets import parse_pattern
 
 __all__ = ["TargetInfo", "TensorInfo", "save_pruned", "versions", "write_sparse_model"]
@@ -179,16 +180,12 @@ def nonzero_live(name: str, weight: torch.Tensor, pattern: str | None) -> torch.
     n, m = parse_pattern(pattern)
     if weight.dim() != 2 or weight.shape[1] % m:
         raise ValueError(f"{name} of shape {tuple(weight.shape)} can't have the pattern {pattern}")
-    groups = live.view(-1, m)  # (out * in / M, M)
-    counts = groups.sum(dim=1, keepdim=True)
-    if bool((counts > n).any()):
-        over = int((counts > n).sum())
+    if not at_most(live, n, m):
+        over = int((live.view(-1, m).sum(dim=1) > n).sum())
         raise ValueError(
             f"{name} is not {pattern}: {over} groups have more than {n} nonzero; prune it"
         )
-    # The first (N - count) dead members of each group; none where the group is full.
-    rank_among_dead = (~groups).cumsum(dim=1)
-    return (groups | (rank_among_dead <= n - counts)).view_as(weight)
+    return fill(live, n, m)
 
 
 def exact_zeros(

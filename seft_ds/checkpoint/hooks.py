@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from seft_ds.checkpoint.state import find_tag, load_state, save_state
+from seft_ds.checkpoint.state import find_tag, load_state, read_meta, save_state
 from seft_ds.zero.engine import SparseEvolution
 
 
@@ -30,9 +30,25 @@ def carry_state(engine: Any, source_dir: str) -> None:
         save_state(seft, Path(save_dir) / str(tag), source_dir)
         return result
 
-    def load_checkpoint(load_dir: str, tag: str | None = None, **kwargs: Any) -> Any:
+    def load_checkpoint(
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if load_module_only or not load_optimizer_states:
+            raise ValueError(
+                "a SEFT checkpoint is loaded whole: its weights contain the deltas, whose master values "
+                "are in the optimizer's states; leave out load_module_only and load_optimizer_states"
+            )
         directory = find_tag(Path(load_dir)) if tag is None else Path(load_dir) / str(tag)
-        result = load(load_dir, tag, **kwargs)
+        read_meta(directory)  # complains before DeepSpeed changes anything
+        result = load(
+            load_dir, tag, load_module_strict, True, load_lr_scheduler_states, False, **kwargs
+        )
         load_state(seft, directory)
         return result
 

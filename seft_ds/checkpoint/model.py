@@ -70,12 +70,12 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _target_infos(seft: SparseEvolution) -> dict[str, TargetInfo]:
     infos = {}
     for i, (state, changed) in enumerate(zip(seft.states, seft.changed_positions(), strict=True)):
-        n_m = state.target.pattern
+        bits = seft.live_bits(i)  # a collective; only the rank that writes keeps it
         infos[f"{state.target.name}.weight"] = TargetInfo(
-            pattern=f"{n_m[0]}:{n_m[1]}" if n_m else None,
+            pattern=state.target.pattern_text,
             target_live=state.target.target_live,
             changed_positions=changed,
-            live_bits=seft.live_bits(i),
+            live_bits=bits if seft.ranks.rank == 0 else None,
         )
     return infos
 

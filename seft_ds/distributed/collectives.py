@@ -46,39 +46,54 @@ class Ranks(Protocol):
 
 
 class ProcessRanks:
-    """`Ranks` over torch.distributed's default group."""
+    """`Ranks` over torch.distributed's default group.
+
+    Tensors may be on the host or on the device: with NCCL, which only takes device tensors, those of
+    the host travel through the device. (A model that has just been loaded is on the host.)
+    """
 
     def __init__(self) -> None:
         assert dist.is_initialized(), "call init_ranks() first"
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.bytes = 0
+        only_device = dist.get_backend() == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if only_device else None
+
+    def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Contiguous, and where the backend can take it."""
+        self.bytes += tensor.nbytes
+        return tensor.to(self._device or tensor.device).contiguous()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.bytes += tensor.nbytes
-        dist.all_reduce(tensor)
-        return tensor
+        moved = self._ready(tensor)
+        dist.all_reduce(moved)
+        return tensor if moved is tensor else tensor.copy_(moved)
 
     def sum_to(self, tensor: torch.Tensor, owner: int) -> None:
-        self.bytes += tensor.nbytes
-        dist.reduce(tensor, dst=owner)
+        moved = self._ready(tensor)
+        dist.reduce(moved, dst=owner)
+        if moved is not tensor:
+            tensor.copy_(moved)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        tensor = tensor.contiguous()
-        length = torch.tensor([tensor.numel()], dtype=torch.int64, device=tensor.device)
-        lengths = torch.empty(self.size, dtype=torch.int64, device=tensor.device)
+        length = self._ready(
+            torch.tensor([tensor.numel()], dtype=torch.int64, device=tensor.device)
+        )
+        lengths = torch.empty(self.size, dtype=torch.int64, device=length.device)
         dist.all_gather_into_tensor(lengths, length)
         return self.gather_known(tensor, [int(n) for n in lengths.tolist()])
 
     def gather_known(self, tensor: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-        self.bytes += tensor.nbytes
         longest = max(lengths)
         if longest == 0:
             return [tensor.new_empty(0) for _ in lengths]
         padded = tensor.new_zeros(longest)
         padded[: tensor.numel()] = tensor
-        everyone = tensor.new_empty(self.size * longest)
+        padded = self._ready(padded)
+        everyone = padded.new_empty(self.size * longest)
         dist.all_gather_into_tensor(everyone, padded)
+        everyone = everyone.to(tensor.device)
         return [everyone[r * longest : r * longest + n] for r, n in enumerate(lengths)]
 
     def gather_object(self, value: Any) -> list[Any]:
@@ -95,15 +110,38 @@ def init_ranks() -> ProcessRanks:
 
     Safe to call more than once. Without a launcher's variables it makes a group of one rank on a free
     local port, so that `python launch/prune.py` runs the same code as eight ranks do.
+
+    Raises:
+        ValueError: started by srun with several tasks, but without MASTER_ADDR.
     """
     if not dist.is_initialized():
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        _announce_ranks()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         import deepspeed
 
         deepspeed.init_distributed(auto_mpi_discovery=False)
     return ProcessRanks()
+
+
+def _announce_ranks() -> None:
+    """See that RANK, WORLD_SIZE and their like are set: by the launcher, from Slurm's, or for one."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
+    if tasks == 1:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks, but MASTER_ADDR is not set: export it as the host name of the "
+            "first node (scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
+        )
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
 
 
 def close_ranks() -> None:

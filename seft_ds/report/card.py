@@ -45,7 +45,10 @@ def _opening(sparsity: dict[str, Any], base: str) -> str:
     of = f" of `{base}`" if base else ""
     kind = sparsity.get("pattern")
     kind = "unstructured" if kind == "unstructured" else f"{kind} pattern"
-    method = f", pruned by {sparsity['method']}" if sparsity.get("method") else ""
+    name = sparsity.get("method")
+    method = f", pruned by {name}" if name else ""
+    if name == "seft":  # its base is pruned already
+        method = ", repaired at fixed sparsity by SEFT (arXiv 2505.24037)"
     return (
         f"A sparse version{of}{method}: {100 * sparsity['sparsity']:.2f} % of the target weights are "
         f"exactly zero ({kind}); {sparsity['live']:,} of {sparsity['total']:,} are live."

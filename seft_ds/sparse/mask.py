@@ -32,12 +32,6 @@ def count(bits: torch.Tensor) -> int:
     return sum(int(ones[chunk.int()].sum(dtype=torch.int64)) for chunk in bits.split(_CHUNK))
 
 
-def get(bits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Bool (k,): the bits at `index` (k,), int64, relative to the range's start."""
-    shift = (index % 8).to(torch.uint8)
-    return ((bits[index // 8] >> shift) & 1).bool()
-
-
 def put(bits: torch.Tensor, index: torch.Tensor, live: bool) -> None:
     """Set or clear, in place, the bits at the distinct positions `index` (k,), int64."""
     if index.numel() == 0:

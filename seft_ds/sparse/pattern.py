@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import torch
 
-COMMON = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 2))  # what `detect` looks for
-DETECT_MULTIPLE = 8  # every M in COMMON divides it
+# What is looked for in the zeros. 1:2 also passes as 2:4, and 1:4 as 2:8: the stricter one comes first.
+COMMON = ((1, 2), (2, 4), (4, 8), (1, 4), (2, 8))
+_NEARLY_ALL = (
+    0.99  # of the pattern's live weights: a few may happen to be exactly 0 in a real model
+)
 
 
 def holds(live: torch.Tensor, n: int, m: int) -> bool:
@@ -17,9 +20,28 @@ def holds(live: torch.Tensor, n: int, m: int) -> bool:
     return bool((live.view(-1, m).sum(1) == n).all())
 
 
+def at_most(live: torch.Tensor, n: int, m: int) -> bool:
+    """Whether no group of M of live (k·M,), bool, has more than N live members."""
+    return bool((live.view(-1, m).sum(1) <= n).all())
+
+
+def fill(live: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Bool like live (k·M,): groups with fewer than N live members get their first dead ones as well.
+
+    A pruned weight may hold an exact zero among those that it kept; to the pattern it is live.
+    """
+    groups = live.view(-1, m)
+    missing = n - groups.sum(dim=1, keepdim=True)
+    return (groups | ((~groups).cumsum(dim=1) <= missing) & ~groups).view_as(live)
+
+
 def plausible(live_count: int, numel: int, columns: int) -> list[tuple[int, int]]:
     """The common patterns that the live count of a weight allows; cheap, before looking at groups."""
-    return [(n, m) for n, m in COMMON if columns % m == 0 and live_count * m == n * numel]
+    return [
+        (n, m)
+        for n, m in COMMON
+        if columns % m == 0 and _NEARLY_ALL * n * numel <= live_count * m <= n * numel
+    ]
 
 
 def swap_candidates(

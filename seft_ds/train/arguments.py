@@ -7,6 +7,7 @@ A run is described by `--config FILE.yaml` with flags on top. `--seft.NAME VALUE
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,13 @@ def parse(argv: list[str]) -> Arguments:
     config = with_overrides(load_deepspeed_config(values["deepspeed"]), {**seft_yaml, **seft_flags})
     values["deepspeed"] = config
     _check_data(values)
-    _check_output(values)
+    if not values["output_dir"]:
+        raise ValueError("give --output_dir, the folder that the run and the model go to")
+    if values["save_only_model"]:
+        raise ValueError(
+            "--save_only_model would leave checkpoints without weights: those of a SEFT checkpoint are in "
+            "the engine's files; leave it out, and make models with launch/export.py"
+        )
     _adapt_to_machine(values)
     model, data, run = parser.parse_dict(values)
     return Arguments(model, data, run, config)
@@ -102,8 +109,31 @@ def _split_seft_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             value = next(flags, "")
         if value == "" or value.startswith("--"):
             raise ValueError(f"--seft.{name} needs a value")
-        found[name] = yaml.safe_load(value)
+        found[name] = _plain_value(value)
     return rest, found
+
+
+def _plain_value(text: str) -> Any:
+    """A number, true, false, null or list as JSON writes them; anything else is a string (2:4)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which 2:4 is a string (not 124, a number to base 60) and 5e-3 a number."""
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+_RecipeLoader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
 
 
 def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -115,12 +145,14 @@ def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
+        recipe = yaml.load(path.read_text(), _RecipeLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: wanted NAME: VALUE lines, got {type(recipe).__name__}")
     seft = recipe.pop("seft", {}) or {}
+    if not isinstance(seft, dict):
+        raise ValueError(f"--config {path}: seft: wanted NAME: VALUE lines, got {seft!r}")
     flags: list[str] = []
     for name, value in recipe.items():
         if value is None:
@@ -139,20 +171,6 @@ def _check_data(values: dict[str, Any]) -> None:
     for name in ("train_file", "validation_file"):
         if values[name] and not Path(values[name]).is_file():
             raise ValueError(f"--{name} {values[name]}: no such file")
-
-
-def _check_output(values: dict[str, Any]) -> None:
-    """Refuse to write over a run, before any time is spent."""
-    folder = Path(values["output_dir"] or "")
-    if not values["output_dir"]:
-        raise ValueError("give --output_dir, the folder that the run and the model go to")
-    if values["dry_run"] or values["overwrite"] or values["resume"] != "never":
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"--output_dir {folder} holds a run or other files; continue it with --resume auto, replace it "
-            "with --overwrite, or give another folder"
-        )
 
 
 def _adapt_to_machine(values: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
@@ -56,6 +56,7 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
     output = Path(str(run.output_dir))
     folder = model_folder(arguments.model.model_name_or_path)
     checkpoint = find_checkpoint(run.resume, output)
+    check_output(output, arguments, folder, checkpoint)
     train_rows, eval_rows = read_data(arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype = model_dtype(str(folder), arguments.model.dtype)
@@ -66,8 +67,7 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
     check_loaded(targets, folder)
     if run.dry_run:
         run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
-    else:
-        prepare_output(output, arguments, keep=checkpoint is not None, ranks=ranks)
+    opening = OpenRun(output, arguments, continues(output, checkpoint), ranks)
     callback = SeftCallback(journal_dir=output, about=run_facts(arguments))
     trainer = SparseSFTTrainer(
         model=model,
@@ -75,7 +75,7 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        callbacks=[callback],
+        callbacks=[opening, callback],
     )
     trainer.seft_source = str(folder)
     if ranks.rank == 0:
@@ -113,17 +113,62 @@ def read_data(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
     return rows, held_out
 
 
-def prepare_output(output: Path, arguments: Arguments, keep: bool, ranks: ProcessRanks) -> None:
-    """Make the run directory ready on rank 0. keep: a run goes on there, only its model is made anew."""
-    ranks.barrier()  # everybody has looked before anybody writes
-    if ranks.rank == 0:
-        if arguments.run.overwrite and not keep and output.is_dir():
-            shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
-        for old in [*output.glob("*.safetensors*"), output / RECORD_NAME]:
-            old.unlink(missing_ok=True)
-        (output / CONFIG_NAME).write_text(yaml.safe_dump(resolved(arguments), sort_keys=False))
-    ranks.barrier()
+def continues(output: Path, checkpoint: str | None) -> bool:
+    """Whether the run in `output` itself goes on."""
+    return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(output.resolve())
+
+
+def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: str | None) -> None:
+    """Refuse to write over what is there, before any time is spent.
+
+    Raises:
+        ValueError: output_dir holds something, and neither a resume from a checkpoint in it nor an
+            --overwrite of a run explains it; or it holds what this run reads.
+    """
+    run, data = arguments.run, arguments.data
+    if run.dry_run or not output.is_dir() or not any(output.iterdir()):
+        return
+    if continues(output, checkpoint):
+        return
+    if not run.overwrite:
+        found = "no checkpoint there to resume from" if run.resume == "auto" else "a run or files"
+        raise ValueError(
+            f"--output_dir {output} is not empty ({found}); continue a run that has checkpoints with "
+            "--resume auto, replace it with --overwrite, or give another folder"
+        )
+    used = [model, Path.cwd(), *(Path(f) for f in (data.train_file, data.validation_file) if f)]
+    for path in used:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise ValueError(
+                f"--overwrite would delete {path}, which this run needs; give another folder"
+            )
+    if not any((output / name).is_file() for name in (CONFIG_NAME, JOURNAL_NAME)):
+        raise ValueError(
+            f"--overwrite replaces runs only, and {output} has neither {CONFIG_NAME} nor "
+            f"{JOURNAL_NAME}; give another folder"
+        )
+
+
+class OpenRun(TrainerCallback):
+    """Makes the run directory ready when training begins: the engine and the checkpoint are accepted by
+    then, so that nothing old is deleted for a run that is refused."""
+
+    def __init__(self, output: Path, arguments: Arguments, goes_on: bool, ranks: ProcessRanks):
+        self.output, self.arguments, self.ranks = output, arguments, ranks
+        self.old: list[Path] = []
+        if output.is_dir():
+            # Of a run that goes on only the model, which is made anew; of one that is replaced, all.
+            model = [*output.glob("*.safetensors*"), output / RECORD_NAME]
+            self.old = model if goes_on else list(output.iterdir())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ranks.rank == 0:
+            for old in self.old:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            self.output.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(resolved(self.arguments), sort_keys=False)
+            (self.output / CONFIG_NAME).write_text(text)
+        self.ranks.barrier()
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:

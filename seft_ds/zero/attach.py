@@ -33,11 +33,6 @@ class AttachedTarget:
     module: SeftLinear
     live_bits: torch.Tensor  # packed, uint8
 
-    @property
-    def multiple(self) -> int:
-        """What borders between owners are rounded to: M of an N:M pattern."""
-        return self.target.pattern[1] if self.target.pattern else 1
-
 
 def attach_slots(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[AttachedTarget]:
     """Turn the pruned linear layers of `model` into `SeftLinear`, and freeze all else. A collective.
@@ -51,7 +46,8 @@ def attach_slots(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Att
     for (name, module), live in zip(layers, live_counts, strict=True):
         shape = shards.shape_of(module.weight)
         target = Target(name, (shape[0], shape[1]), live)
-        if 1 - live / target.numel >= config.min_sparsity:
+        # A layer that was pruned away whole has nothing that a slot could sit on.
+        if live and 1 - live / target.numel >= config.min_sparsity:
             found.append((target, module))
     if not found:
         raise ValueError(_nothing_pruned(layers, live_counts, config))
@@ -76,15 +72,24 @@ def _linear_layers(model: nn.Module, config: SeftConfig) -> list[tuple[str, nn.L
     """The layers that may be targets: never the output head unless it is named."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    owners: dict[int, int] = {}  # how many modules hold each weight object
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
     if config.targets == "auto":
-        return [(n, m) for n, m in layers if m is not head]
+        return [(n, m) for n, m in layers if m is not head and owners[id(m.weight)] == 1]
     for wanted in config.targets:
         if not any(matches(n, [wanted]) for n, _ in layers):
             kinds = sorted({n.rsplit(".", 1)[-1] for n, _ in layers})
             raise ValueError(
                 f"target {wanted!r} matches no linear layer of this model; layers end in: {', '.join(kinds)}"
             )
-    return [(n, m) for n, m in layers if matches(n, list(config.targets))]
+    chosen = [(n, m) for n, m in layers if matches(n, list(config.targets))]
+    for name, module in chosen:
+        if owners[id(module.weight)] > 1:
+            raise ValueError(f"target {name} shares its weight with another layer; leave it out")
+    return chosen
 
 
 def _count_live(layers: list[tuple[str, nn.Linear]], ranks: Ranks) -> list[int]:
@@ -115,7 +120,7 @@ def _nothing_pruned(layers: list, live_counts: list[int], config: SeftConfig) ->
 def _find_pattern(
     target: Target, weight: nn.Parameter, config: SeftConfig, ranks: Ranks
 ) -> tuple[int, int] | None:
-    """The N:M pattern that every group of this weight follows, or None."""
+    """The N:M pattern that every group of this weight follows, or None; sets the exact live count."""
     if config.pattern == "none":
         return None
     columns = target.shape[1]
@@ -127,22 +132,24 @@ def _find_pattern(
         fits = columns % m == 0
         if fits:
             _, values = shards.owned(weight, m, ranks)
-            broken = torch.tensor([not pattern.holds(values != 0, n, m)], dtype=torch.int64)
+            broken = torch.tensor([not pattern.at_most(values != 0, n, m)], dtype=torch.int64)
             fits = int(ranks.sum_(broken.to(values.device))) == 0
         if fits:
+            target.target_live = target.numel // m * n
             return n, m
         if config.pattern != "auto":
             raise ValueError(
-                f"{target.name}: the pattern {config.pattern} was given, but not every group of {m} inputs "
-                f"has exactly {n} nonzero weights; prune with --pattern {config.pattern}, or set pattern "
+                f"{target.name}: the pattern {config.pattern} was given, but some group of {m} inputs "
+                f"has more than {n} nonzero weights; prune with --pattern {config.pattern}, or set pattern "
                 'to "auto"'
             )
     return None
 
 
 def _live_bits(target: Target, weight: nn.Parameter, ranks: Ranks) -> torch.Tensor:
-    _, values = shards.owned(weight, target.pattern[1] if target.pattern else 1, ranks)
-    return mask.pack(values != 0)
+    _, values = shards.owned(weight, target.multiple, ranks)
+    live = values != 0
+    return mask.pack(pattern.fill(live, *target.pattern) if target.pattern else live)
 
 
 def _random_live(
@@ -153,8 +160,8 @@ def _random_live(
     for first, stop in _runs(targets, ranks.size):
         keys, begins = [], []
         for i in range(first, stop):
-            multiple = targets[i].pattern[1] if targets[i].pattern else 1  # type: ignore[index]
-            lo, hi = shard_range(targets[i].numel, ranks.rank, ranks.size, multiple)
+            target = targets[i]
+            lo, hi = shard_range(target.numel, ranks.rank, ranks.size, target.multiple)
             position = torch.arange(lo, hi, device=bits[i].device)
             live = mask.unpack(bits[i], hi - lo)
             keys.append(masked_keys(hash_keys(position, seed * len(targets) + i), live))

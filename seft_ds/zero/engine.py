@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,11 @@ class SparseEvolution:
     def begin(self, total_steps: int) -> None:
         """Fix the schedule, once the number of optimizer steps of the whole run is known."""
         c = self.config
+        if c.total_steps not in ("auto", total_steps):
+            raise ValueError(
+                f'the "seft" block says total_steps {c.total_steps}, but the run takes {total_steps}; leave '
+                "total_steps out, or make them equal"
+            )
         if self.resumed_total_steps not in (None, total_steps):
             raise ValueError(
                 f"the checkpoint's run was to take {self.resumed_total_steps} steps, this one "
@@ -73,6 +79,12 @@ class SparseEvolution:
             waves=c.in_waves,
             replace_all_first=c.start == "gradient",
         )
+        if c.drop_fraction and not any(self.schedule.due(s) for s in range(1, total_steps + 1)):
+            warnings.warn(
+                f"no evolution event fits into {total_steps} steps with interval "
+                f"{self.schedule.interval} and stop {c.stop}: the slots will train where they are",
+                stacklevel=2,
+            )
         self._open_windows()
 
     # One optimizer step, from the engine's point of view.
@@ -97,12 +109,15 @@ class SparseEvolution:
         scale = optimizer_state.gradient_scale(self.engine, fp32_norm) if applied else None
         assert self.schedule is not None
         due = self.schedule.due(self.step)
-        deltas = self._write_through(set(due), learning_rate) if applied or due else {}
+        deltas = self._write_through(set(due), learning_rate, applied) if applied or due else {}
         for state in self.states:
             if state.window is not None:
                 state.window.discard_step() if scale is None else state.window.finish_step(scale)
         self._evolve(due, deltas)
         self._open_windows()
+        if self.states[0].live_bits.is_cuda:
+            # The next forward gathers the weights on a stream of DeepSpeed's own.
+            torch.cuda.current_stream().synchronize()
 
     def _open_windows(self) -> None:
         assert self.schedule is not None
@@ -147,8 +162,13 @@ class SparseEvolution:
             filled += state.target.n_slots
         return buckets
 
-    def _write_through(self, due: set[int], learning_rate: float) -> dict[int, torch.Tensor]:
-        """base + δ into every weight; returns the deltas of the targets whose event is due."""
+    def _write_through(
+        self, due: set[int], learning_rate: float, applied: bool
+    ) -> dict[int, torch.Tensor]:
+        """base + δ into every weight; returns the deltas of the targets whose event is due.
+
+        applied: the step was taken, so that the deltas of fresh slots are their first update.
+        """
         kept = {}
         largest = 0.0
         any_fresh = False
@@ -156,11 +176,12 @@ class SparseEvolution:
             for i, delta in zip(bucket, self.gather_deltas(bucket), strict=True):
                 state = self.states[i]
                 state.write_through(delta)
-                if state.fresh_slots is not None and state.fresh_slots.numel():
+                if applied and state.fresh_slots is not None:
                     # Fresh slots started at 0, so their value after one step is their update.
-                    largest = max(largest, float(delta[state.fresh_slots].abs().max()))
-                    any_fresh = True
-                state.fresh_slots = None
+                    if state.fresh_slots.numel():
+                        largest = max(largest, float(delta[state.fresh_slots].abs().max()))
+                        any_fresh = True
+                    state.fresh_slots = None
                 if i in due:
                     kept[i] = delta
         if any_fresh:
@@ -281,6 +302,10 @@ class SparseEvolution:
                 problems.append(f"{state.target.name}: a slot sits on a dead position")
             if at.unique().numel() != at.numel():
                 problems.append(f"{state.target.name}: two slots share a position")
+            # What the forward pass takes gradients for has to be what the deltas are written to.
+            position = shards.gather_whole(state.position, self.ranks).to(at.device)
+            if not torch.equal(position[state.slots.slot].long(), state.slots.position):
+                problems.append(f"{state.target.name}: slot positions and slot table differ")
         counts = self.live_counts()
         wanted = [s.target.target_live for s in self.states]
         if counts != wanted and self.config.scope == "layer" or sum(counts) != sum(wanted):
@@ -316,6 +341,7 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
         "zero_hpz_partition_size > 1": zero.zero_hpz_partition_size > 1,
         "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
         "zero_quantized_weights": zero.zero_quantized_weights,
+        "torch_autocast: use the bf16 section": engine.torch_autocast_enabled(),
         "offload_param": zero.offload_param is not None and zero.offload_param.device != "none",
         "offload_optimizer": zero.offload_optimizer is not None
         and zero.offload_optimizer.device != "none",
@@ -324,6 +350,8 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if not isinstance(inner, (torch.optim.AdamW, torch.optim.Adam)):
         wanted[f"the optimizer {type(inner).__name__}: use torch AdamW"] = True
+    elif any(group.get("amsgrad") for group in inner.param_groups):
+        wanted["amsgrad"] = True
     found = [name for name, present in wanted.items() if present]
     if found:
         raise ValueError(

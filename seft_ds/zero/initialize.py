@@ -71,6 +71,16 @@ def _keep_inputs_differentiable(model: nn.Module) -> None:
         enable()
 
 
+def _refuse_second_engine(model: Any) -> None:
+    """The weights already contain the first engine's deltas; a second one would add them again."""
+    attached = find_attached(model) if model is not None else None
+    if attached is not None and attached.engine is not None:
+        raise ValueError(
+            "this model has a SEFT engine already, and its weights contain that engine's deltas; load the "
+            "pruned model anew for another run"
+        )
+
+
 def _watch_deepspeed_initialize() -> None:
     """Extend engines made from attached models, whoever makes them.
 
@@ -83,10 +93,12 @@ def _watch_deepspeed_initialize() -> None:
 
     @functools.wraps(original)
     def initialize_and_extend(*args: Any, **kwargs: Any) -> Any:
+        _refuse_second_engine(args[0] if args else kwargs.get("model"))
         result = original(*args, **kwargs)
         engine = result[0]
         attached = find_attached(engine.module)
-        if attached is not None:
+        # An engine without an optimizer (evaluation before training) has nothing to evolve.
+        if attached is not None and hasattr(engine.optimizer, "param_groups"):
             extend(engine, attached.targets, attached.config, attached.ranks)
             attached.engine = engine
             for call in attached.on_engine:

@@ -91,10 +91,3 @@ def never_persist(engine: Any, params: list[nn.Parameter]) -> None:
         if id(p) in ours:
             p.ds_persist = False
             p.partition()
-
-
-def gathered(params: list[nn.Parameter]) -> Any:
-    """Context in which the given parameters are whole on every rank, for reading."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([p for p in params if is_partitioned(p)])

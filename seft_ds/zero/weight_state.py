@@ -54,7 +54,7 @@ class WeightState:
         self.delta = self.module._parameters[DELTA]
         self.position = self.module._parameters[POSITION]
         assert self.delta is not None and self.position is not None
-        self.multiple = attached.multiple
+        self.multiple = attached.target.multiple
         self.ranks = ranks
         numel = self.target.numel
         self.lo, self.hi = shard_range(numel, ranks.rank, ranks.size, self.multiple)

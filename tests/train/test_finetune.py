@@ -180,6 +180,85 @@ def test_bad_input_is_refused_and_nothing_is_lost(home: Path, case: str) -> None
     assert (home / "taken/journal.jsonl").read_text() == "precious\n"
 
 
+def kept(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--output_dir", "done", "--resume", "auto"], "no checkpoint there"),
+        (["--output_dir", "done", "--resume", "other/checkpoint-6"], "is not empty"),
+        (["--output_dir", "pruned", "--overwrite", "true"], "which this run needs"),
+        (["--output_dir", ".", "--overwrite", "true"], "which this run needs"),
+        (["--output_dir", "photos", "--overwrite", "true"], "replaces runs only"),
+        (["--output_dir", "done", "--overwrite", "true", "--optim", "sgd"], "not supported"),
+        (
+            ["--output_dir", "done", "--overwrite", "true", "--save_only_model", "true"],
+            "--save_only",
+        ),
+    ],
+)
+def test_a_refused_run_deletes_nothing(home: Path, flags: list[str], said: str) -> None:
+    for name in ("done", "photos", "other/checkpoint-6"):
+        (home / name).mkdir(parents=True, exist_ok=True)
+    (home / "done/journal.jsonl").write_text("precious\n")
+    (home / "done/model.safetensors").write_text("precious too")
+    (home / "photos/cat.jpg").write_text("meow")
+    before = [kept(home / name) for name in ("done", "photos", "pruned", ".")]
+    done = finetune(
+        home,
+        "--model_name_or_path",
+        "pruned",
+        "--train_file",
+        "text.txt",
+        "--max_steps",
+        "2",
+        *flags,
+    )
+    assert done.returncode == 2 and said in done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert [kept(home / name) for name in ("done", "photos", "pruned", ".")] == before
+
+
+def test_overwrite_replaces_a_run(home: Path) -> None:
+    old = home / "old"
+    (old / "checkpoint-3").mkdir(parents=True)
+    (old / "journal.jsonl").write_text('{"kind": "run"}\n')
+    (old / "model.safetensors").write_text("old")
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "old",
+        "--max_steps", "2", "--overwrite", "true", "--seft.trainable", "rank=1",
+        "--deepspeed", str(ROOT / "ds_configs/zero2.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no evolution event fits into 2 steps" in done.stderr
+    assert not (old / "checkpoint-3").exists() and verify(old).ok
+    assert (old / "journal.jsonl").read_text().count('"kind": "run"') == 1
+
+
+def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
+    from seft_ds.train.arguments import _expand_yaml, _split_seft_flags
+
+    rest, found = _split_seft_flags(
+        ["--seft.pattern", "2:4", "--seft.density=1e-3", "--a", "1", "--seft.waves", "false",
+         "--seft.targets", '["q_proj"]', "--seft.trainable", "rank=8", "--seft.grow", "[a"]
+    )  # fmt: skip
+    assert rest == ["--a", "1"]
+    assert found == {
+        "pattern": "2:4", "density": 1e-3, "waves": False, "targets": ["q_proj"],
+        "trainable": "rank=8", "grow": "[a",
+    }  # fmt: skip
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rate: 5e-3\nseft:\n  pattern: 4:8\n  density: 1e-2\n  window: 7\n")
+    flags, seft = _expand_yaml(["--config", str(recipe), "--b", "2"])
+    assert flags == ["--learning_rate", "0.005", "--b", "2"]
+    assert seft == {"pattern": "4:8", "density": 0.01, "window": 7}
+    recipe.write_text("seft: [1]\n")
+    with pytest.raises(ValueError, match="seft: wanted NAME: VALUE"):
+        _expand_yaml(["--config", str(recipe)])
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(home: Path) -> None:
     done = finetune(
         home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "dry",
