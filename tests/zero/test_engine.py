@@ -133,7 +133,13 @@ def live_mask(evolution, target: int, numel: int) -> torch.Tensor:
 def train_all(size: int) -> dict:
     """Every kind on every stage; waves, scope and release take turns so that each is covered."""
     turns = itertools.cycle(
-        [{}, {"waves": False}, {"release": "revert"}, {"scope": "global"}, {"prune": "fisher"}]
+        [
+            {},
+            {"waves": False},
+            {"release": "revert"},
+            {"scope": "global"},
+            {"prune": "fisher", "start": "gradient"},
+        ]
     )
     return {
         (kind, stage): train(kind, stage, bf16=False, **seft)

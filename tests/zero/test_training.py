@@ -32,13 +32,11 @@ def split_batch(size: int, stage: int, checkpointing: str | None) -> dict:
     settings |= {"gradient_accumulation_steps": each, "gradient_clipping": 0.05}
     engine, *_ = seft_ds.initialize(model=model, config=settings)
     rank = engine.seft.ranks.rank
-    scales = []
     for step in range(8):
         for micro in range(each):
             ids = tokens(step, row=rank * each + micro)
             engine.backward(engine(input_ids=ids, labels=ids).loss)
             engine.step()
-        scales.append([None if s.window is None else s.window.steps for s in engine.seft.states])
     engine.seft.check()
     return {
         s.target.name: (
@@ -123,61 +121,68 @@ def test_bf16_and_what_the_files_hold(size: int, tmp_path: Path) -> None:
         assert verify(tmp_path / f"repaired-{stage}").ok
 
 
-def repaired_moments(stage: int) -> list[float]:
-    """Check moments and δ at fresh slots right after each event; returns updates in units of lr."""
+def fresh_updates(stage: int, repair: bool) -> list[float]:
+    """Largest update of a fresh slot after each event, in learning rates, late in a run.
+
+    Adam's step count is set to 10,000: there its bias correction is gone, and zero moments hurt most.
+    """
     import seft_ds
     from seft_ds.zero import weight_state
 
     torch.manual_seed(0)
     engine, *_ = seft_ds.initialize(model=tiny_model("llama"), config=config(stage))
-    seen = []
+    updates, checked = [], [0]
     apply = weight_state.WeightState.apply
 
     def check(self, change):
-        others = self.slot_shard.master.clone()
-        steps = self.window.steps
+        part, steps = self.slot_shard, self.window.steps
+        before = part.master.clone()
         apply(self, change)
-        part = self.slot_shard
-        for i, slot in enumerate(change.released_slot.tolist()):
-            if part.lo <= slot < part.hi:
-                at = slot - part.lo
-                assert part.master[at] == 0
-                assert part.moment("exp_avg")[at] == change.fresh_G[i] / steps
-                assert part.moment("exp_avg_sq")[at] == change.fresh_Q[i] / steps
-                seen.append(slot)
-        stay = torch.ones(part.hi - part.lo, dtype=torch.bool)
         mine = (change.released_slot >= part.lo) & (change.released_slot < part.hi)
-        stay[change.released_slot[mine] - part.lo] = False
-        assert torch.equal(part.master[stay], others[stay])
+        at = change.released_slot[mine] - part.lo
+        stay = torch.ones(part.hi - part.lo, dtype=torch.bool)
+        stay[at] = False
+        assert torch.equal(part.master[stay], before[stay])
+        if at.numel():
+            assert not part.master[at].any()
+            assert torch.equal(part.moment("exp_avg")[at], change.fresh_G[mine] / steps)
+            assert torch.equal(part.moment("exp_avg_sq")[at], change.fresh_Q[mine] / steps)
+            checked[0] += at.numel()
+            if not repair:
+                part.moment("exp_avg")[at] = 0.0
+                part.moment("exp_avg_sq")[at] = 0.0
+
+    def note(record: dict) -> None:
+        if record["kind"] == "fresh":
+            updates.append(record["largest_update"] / record["learning_rate"])
 
     weight_state.WeightState.apply = check
-    updates = []
-    engine.seft.listeners.append(
-        lambda r: (
-            updates.append(r["largest_update"] / r["learning_rate"])
-            if r["kind"] == "fresh"
-            else None
-        )
-    )
+    engine.seft.listeners.append(note)
     try:
         for step in range(30):
             ids = tokens(step)
             engine.backward(engine(input_ids=ids, labels=ids).loss)
             engine.step()
+            if step == 0:
+                inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+                for state in inner.state.values():
+                    state["step"].fill_(10_000)
     finally:
         weight_state.WeightState.apply = apply
-    assert engine.seft.ranks.gather_object(len(seen)) != [0] * engine.seft.ranks.size
+    assert sum(engine.seft.ranks.gather_object(checked[0])) > 0
     return updates
 
 
-def repaired_moments_all() -> list[float]:
-    return [u for stage in (0, 1, 2, 3) for u in repaired_moments(stage)]
+def fresh_updates_all() -> tuple[list[float], list[float]]:
+    repaired = [u for stage in (0, 1, 2, 3) for u in fresh_updates(stage, True)]
+    return repaired, fresh_updates(3, False)
 
 
 @pytest.mark.timeout(600)
-def test_fresh_slots_get_their_windows_moments() -> None:
-    updates = run_processes(2, repaired_moments_all)[0]
-    assert updates and max(updates) < 2.0
+def test_fresh_slots_get_their_windows_moments_and_step_like_the_others() -> None:
+    repaired, unrepaired = run_processes(2, fresh_updates_all)[0]
+    assert repaired and max(repaired) < 2.0
+    assert max(unrepaired) > 3.0  # what the repair is for
 
 
 class Awkward(nn.Module):
@@ -236,15 +241,18 @@ def test_awkward_sizes_and_all_scores_zero() -> None:
     assert alone[0, "layer", False] == alone[3, "layer", False]
 
 
-def interrupted(stage: int, bf16: bool, stop: int, folder: str) -> tuple[list, list]:
+def interrupted(
+    stage: int, bf16: bool, stop: int, kind: str, seft: dict, folder: str
+) -> tuple[list, list]:
     """Weights after 20 steps in one go, and after stopping at `stop` and resuming in a new engine."""
     import seft_ds
     from seft_ds.zero import shards
 
     def start():
         torch.manual_seed(0)
-        model = tiny_model("llama", torch.bfloat16 if bf16 else torch.float32)
-        return seft_ds.initialize(model=model, config=config(stage, bf16, total_steps=20))[0]
+        model = tiny_model(kind, torch.bfloat16 if bf16 else torch.float32)
+        settings = config(stage, bf16, total_steps=20, **seft)
+        return seft_ds.initialize(model=model, config=settings)[0]
 
     def steps(engine, first: int, last: int):
         for step in range(first, last):
@@ -279,10 +287,15 @@ def interrupted(stage: int, bf16: bool, stop: int, folder: str) -> tuple[list, l
 def interrupted_all(folder: str) -> list:
     results = []
     # 8 is inside the windows of some weights and an event of others; 10 is an event step.
-    for n, (stage, bf16, stop) in enumerate(
-        [(0, False, 8), (1, True, 8), (2, False, 10), (3, True, 8), (3, False, 9)]
-    ):
-        results.append(interrupted(stage, bf16, stop, f"{folder}/{n}"))
+    cases = [
+        (0, False, 8, "llama", {}),
+        (1, True, 8, "llama", {"release": "revert", "grow": "random", "start": "gradient"}),
+        (2, False, 10, "llama", {"scope": "global", "waves": False, "release": "revert"}),
+        (3, True, 8, "llama24", {"release": "revert"}),
+        (3, False, 9, "llama", {"prune": "fisher"}),
+    ]
+    for n, case in enumerate(cases):
+        results.append(interrupted(*case, f"{folder}/{n}"))
     return results
 
 
@@ -292,3 +305,35 @@ def test_resuming_on_the_same_ranks_is_bit_identical(tmp_path: Path) -> None:
         for a, b in zip(whole, resumed, strict=True):
             for x, y in zip(a, b, strict=True):
                 assert torch.equal(x, y)
+
+
+def awkward_patterns() -> tuple[list, str]:
+    """A 2:4 model with an accidental zero, and a second engine on a model that has one."""
+    import seft_ds
+
+    torch.manual_seed(0)
+    model = tiny_model("llama24")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data[3, weight[3].nonzero()[0]] = 0.0
+    engine, *_ = seft_ds.initialize(model=model, config=config(2))
+    for step in range(30):
+        ids = tokens(step)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    engine.seft.check()
+    counts = []
+    for i, state in enumerate(engine.seft.states):
+        assert state.target.pattern == (2, 4)
+        groups = live_mask(engine.seft, i, state.target.numel).view(-1, 4).sum(1)
+        counts.append(groups.unique().tolist())
+    try:
+        seft_ds.initialize(model=model, config=config(2))
+    except ValueError as error:
+        return counts, str(error)
+    return counts, "no error"
+
+
+def test_an_accidental_zero_does_not_hide_a_pattern_and_one_engine_a_model() -> None:
+    counts, said = run_processes(1, awkward_patterns)[0]
+    assert counts == [[2]] * 14
+    assert "has a SEFT engine already" in said
