@@ -235,7 +235,7 @@ class SparseEvolution:
             kind="event",
             target=state.target.name,
             dropped=change.dropped,
-            grown=change.grown,
+            grown=change.dropped,
             kept=change.kept,
             revived=int(change.revived.sum()),
             died=int(change.died.sum()),
