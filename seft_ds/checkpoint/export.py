@@ -46,7 +46,7 @@ from seft_ds.sparse import mask
 from seft_ds.sparse.pattern import at_most, fill
 from seft_ds.targets import parse_pattern
 
-__all__ = ["TargetInfo", "TensorInfo", "save_pruned", "versions", "write_sparse_model"]
+__all__ = ["TargetInfo", "TensorInfo", "about_run", "save_pruned", "versions", "write_sparse_model"]
 
 _SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 _LEGAL_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -167,6 +167,21 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def about_run(
+    source: str | Path, steps: int, events: int, config: dict[str, Any]
+) -> dict[str, Any]:
+    """What the record of a repaired model says of the run. config: the "seft" block, as plain data."""
+    return {
+        "method": "seft",
+        "base_model": str(source),
+        "steps": steps,
+        "events": events,
+        "scope": config["scope"],
+        "seft": config,
+        "versions": versions(),
+    }
 
 
 def nonzero_live(name: str, weight: torch.Tensor, pattern: str | None) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from seft_ds.checkpoint.export import TargetInfo, TensorInfo, versions, write_sparse_model
+from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
+from seft_ds.checkpoint.shard_files import DTYPE_CODES
 from seft_ds.checkpoint.state import find_tag, read_meta, whole_weights
 
 
@@ -37,7 +38,7 @@ def export_checkpoint(
     dtypes: dict[str, torch.dtype] = {}
     for target, weight, bits, changed in whole_weights(tag):
         name = f"{target['name']}.weight"
-        pattern = f"{target['pattern'][0]}:{target['pattern'][1]}" if target["pattern"] else None
+        pattern = ":".join(str(n) for n in target["pattern"]) if target["pattern"] else None
         infos[name] = TargetInfo(pattern, target["target_live"], changed, bits)
         dtypes[name] = weight.dtype
     trained_dtype = next(iter(dtypes.values()))
@@ -45,15 +46,7 @@ def export_checkpoint(
         TensorInfo(name, shape, trained_dtype if dtype.is_floating_point else dtype)
         for name, shape, dtype in _shapes(where)
     ]
-    about = {
-        "method": "seft",
-        "base_model": str(source),
-        "steps": meta["step"],
-        "events": meta["counters"][0],
-        "scope": meta["config"]["scope"],
-        "seft": meta["config"],
-        "versions": versions(),
-    }
+    about = about_run(source, meta["step"], meta["counters"][0], meta["config"])
     return write_sparse_model(
         output_dir,
         _tensors(tag, where, set(targets)),
@@ -84,10 +77,11 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
 
 
 def _shapes(where: dict[str, Path]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    code_dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     for name, path in where.items():
         with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
-            yield name, tuple(tensor.shape), tensor.dtype
+            part = file.get_slice(name)  # the header only
+            yield name, tuple(part.get_shape()), code_dtypes[part.get_dtype()]
 
 
 def _tensors(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seft_ds.checkpoint.export import TargetInfo, TensorInfo, versions, write_sparse_model
+from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.zero import shards
 from seft_ds.zero.engine import SparseEvolution
@@ -35,15 +35,9 @@ def save_model(
     named = dict(model_tensors(engine.module))
     layout = [TensorInfo(n, shards.shape_of(p), p.dtype) for n, p in named.items()]
     targets = _target_infos(seft)
-    facts = {
-        "method": "seft",
-        "base_model": str(source_dir),
-        "events": seft.n_events,
-        "steps": seft.step,
-        "scope": seft.config.scope,
-        "seft": seft.config.model_dump(),
-        "versions": versions(),
-    } | (about or {})
+    facts = about_run(source_dir, seft.step, seft.n_events, seft.config.model_dump()) | (
+        about or {}
+    )
     gathered = ((n, shards.gather_whole(p, seft.ranks)) for n, p in named.items())
     outcome: Any = None
     if seft.ranks.rank == 0:
