@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
-from seft_ds.checkpoint.shard_files import DTYPE_CODES
+from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE
 from seft_ds.checkpoint.state import find_tag, read_meta, whole_weights
 
 
@@ -77,11 +77,10 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
 
 
 def _shapes(where: dict[str, Path]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    code_dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
     for name, path in where.items():
         with safe_open(path, framework="pt") as file:
             part = file.get_slice(name)  # the header only
-            yield name, tuple(part.get_shape()), code_dtypes[part.get_dtype()]
+            yield name, tuple(part.get_shape()), DTYPE_OF_CODE[part.get_dtype()]
 
 
 def _tensors(

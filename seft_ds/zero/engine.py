@@ -19,6 +19,7 @@ import torch
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change, EventSettings, plan
+from seft_ds.distributed.selection import gather_lists
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
 from seft_ds.zero import optimizer_state, shards
@@ -287,32 +288,47 @@ class SparseEvolution:
     def check(self) -> None:
         """Check invariants A to C on every target. Raises RuntimeError naming the weight.
 
-        Reads the shards themselves, not the placeholders that ZeRO-3 leaves in the modules.
+        Reads the shards themselves, not the placeholders that ZeRO-3 leaves in the modules. A few small
+        collectives, and one gather of all slot positions.
         """
         problems = []
-        for state in self.states:
+        positions = self._gather_positions()
+        counts = []
+        for state, position in zip(self.states, positions, strict=True):
+            name = state.target.name
             _, values = shards.owned(state.weight, state.multiple, self.ranks)
             live = state.live()
             dead = values[~live]
             if bool((dead != 0).any()) or bool(torch.signbit(dead).any()):
-                problems.append(f"{state.target.name}: a dead position is not +0.0")
-            rows = state.slots.between(state.lo, state.hi)
-            at = state.slots.position[rows]
+                problems.append(f"{name}: a dead position is not +0.0")
+            at = state.slots.position[state.slots.between(state.lo, state.hi)]
             if not bool(live[at - state.lo].all()):
-                problems.append(f"{state.target.name}: a slot sits on a dead position")
+                problems.append(f"{name}: a slot sits on a dead position")
             if at.unique().numel() != at.numel():
-                problems.append(f"{state.target.name}: two slots share a position")
+                problems.append(f"{name}: two slots share a position")
             # What the forward pass takes gradients for has to be what the deltas are written to.
-            position = shards.gather_whole(state.position, self.ranks).to(at.device)
-            if not torch.equal(position[state.slots.slot].long(), state.slots.position):
-                problems.append(f"{state.target.name}: slot positions and slot table differ")
-        counts = self.live_counts()
+            if not torch.equal(position[state.slots.slot], state.slots.position):
+                problems.append(f"{name}: slot positions and slot table differ")
+            counts += [mask.count(state.live_bits), at.numel()]
+        device = self.states[0].live_bits.device
+        totals = self.ranks.sum_(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+        live_counts, slots = totals[0::2], totals[1::2]
         wanted = [s.target.target_live for s in self.states]
-        if counts != wanted and self.config.scope == "layer" or sum(counts) != sum(wanted):
-            problems.append(f"live counts {counts}, wanted {wanted}")
+        per_weight = self.config.scope == "layer"
+        if (per_weight and live_counts != wanted) or sum(live_counts) != sum(wanted):
+            problems.append(f"live counts {live_counts}, wanted {wanted}")
+        if slots != [s.target.n_slots for s in self.states]:
+            problems.append(f"slots {slots}, wanted {[s.target.n_slots for s in self.states]}")
         everyone = [p for per_rank in self.ranks.gather_object(problems) for p in per_rank]
         if everyone:
             raise RuntimeError("sparsity invariant broken: " + "; ".join(everyone))
+
+    def _gather_positions(self) -> list[torch.Tensor]:
+        """`seft_position` of every target, int64 (K,), on every rank. One gather."""
+        held = [shards.held(s.position, self.ranks)[1].long() for s in self.states]
+        if not shards.is_partitioned(self.states[0].position):
+            return held
+        return gather_lists(held, self.ranks)
 
 
 def extend(

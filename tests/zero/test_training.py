@@ -14,11 +14,11 @@ from tests.ranks import run_processes
 from tests.tiny import prune_, tiny_model
 from tests.zero.test_engine import config, live_mask, tokens
 
-ACCUMULATION = 12  # micro-batches a step over all ranks: 1, 2, 3 and 4 ranks divide it
+ACCUMULATION = 6  # micro-batches a step over all ranks: 1, 2 and 3 ranks divide it
 
 
 def split_batch(size: int, stage: int, checkpointing: str | None) -> dict:
-    """12 different micro-batches a step, dealt to the ranks, with clipping that bites."""
+    """6 different micro-batches a step, dealt to the ranks, with clipping that bites."""
     import seft_ds
     from seft_ds.zero import shards
 
@@ -337,3 +337,54 @@ def test_an_accidental_zero_does_not_hide_a_pattern_and_one_engine_a_model() -> 
     counts, said = run_processes(1, awkward_patterns)[0]
     assert counts == [[2]] * 14
     assert "has a SEFT engine already" in said
+
+
+def broken_invariants(stage: int) -> list[str]:
+    """What `check` says after each of several things has been broken by hand, and mended again."""
+    import seft_ds
+    from seft_ds.zero import shards
+
+    torch.manual_seed(0)
+    settings = config(stage, density=0.2)  # a slot of every weight on every rank
+    engine, *_ = seft_ds.initialize(model=tiny_model("llama"), config=settings)
+    evolution = engine.seft
+    state = evolution.states[2]
+    _, values = shards.held(state.weight, evolution.ranks)
+    _, position = shards.held(state.position, evolution.ranks)
+    dead = int((~state.live()).nonzero()[0])
+    slot = int(state.slots.position[state.slots.between(state.lo, state.hi)][0]) - state.lo
+
+    def said() -> str:
+        try:
+            evolution.check()
+        except RuntimeError as error:
+            return str(error)
+        return "holds"
+
+    results = [said()]
+    for broken in (1e-8, -0.0):
+        values[dead] = broken
+        results.append(said())
+        values[dead] = 0.0
+    keep = state.live_bits.clone()
+    state.live_bits[slot // 8] &= ~(1 << slot % 8)
+    results.append(said())
+    state.live_bits.copy_(keep)
+    position[0] += 1
+    results.append(said())
+    position[0] -= 1
+    return [*results, said()]
+
+
+def broken_invariants_all() -> list[list[str]]:
+    return [broken_invariants(stage) for stage in (2, 3)]
+
+
+def test_check_finds_what_is_broken_and_names_the_weight() -> None:
+    for said in run_processes(2, broken_invariants_all)[0]:
+        assert said[0] == said[-1] == "holds"
+        name = "model.layers.0.self_attn.v_proj"
+        assert f"{name}: a dead position is not +0.0" in said[1]
+        assert f"{name}: a dead position is not +0.0" in said[2]
+        assert f"{name}: a slot sits on a dead position" in said[3] and "live counts" in said[3]
+        assert f"{name}: slot positions and slot table differ" in said[4]
