@@ -1,6 +1,6 @@
 """The main job on a real model, on this machine: prune, repair at fixed sparsity, measure, verify.
 
-    make quickstart                     # about 10 minutes on 2 CPU cores, set-up aside
+    make quickstart                     # about 8 minutes on 2 CPU cores, set-up aside
     make quickstart ARGS=--smoke        # the same in under 2 minutes, on fewer steps
 
 Each step is an ordinary command, shown before it runs; copy them to repair a model of your own. A step
