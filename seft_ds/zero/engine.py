@@ -80,7 +80,8 @@ class SparseEvolution:
             waves=c.in_waves,
             replace_all_first=c.start == "gradient",
         )
-        if c.drop_fraction and not any(self.schedule.due(s) for s in range(1, total_steps + 1)):
+        evolves = any(self.schedule.due(s) for s in range(1, total_steps + 1))
+        if c.drop_fraction and not evolves and self.ranks.rank == 0:
             warnings.warn(
                 f"no evolution event fits into {total_steps} steps with interval "
                 f"{self.schedule.interval} and stop {c.stop}: the slots will train where they are",
