@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -78,7 +79,8 @@ def commands(
     size: Size, inputs: Path, work: Path, ranks: int
 ) -> list[tuple[str, Path | None, list[object]]]:
     """(title, the file that shows that it is done, command) of each step."""
-    deepspeed = [BIN / "deepspeed", "--quiet", "--num_gpus", ranks]
+    # A port of its own, so that another run on this machine is not in the way.
+    deepspeed = [BIN / "deepspeed", "--quiet", "--num_gpus", ranks, "--master_port", free_port()]
     dense, pruned, repaired = inputs / "model", work / "pruned", work / "repaired"
 
     def evaluate(name: str, model: Path) -> tuple[str, Path, list[object]]:
@@ -119,6 +121,12 @@ def commands(
             [sys.executable, "launch/verify.py", repaired],
         ),
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def summary(work: Path, size: Size) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from seft_ds.checkpoint.export import save_pruned
 from seft_ds.checkpoint.verify import verify
+from tests.ranks import free_port
 from tests.tiny import dense_model, prune_
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,8 @@ def make_models(folder: Path) -> None:
 
 def finetune(folder: Path, *flags: str, ranks: int = 0) -> subprocess.CompletedProcess:
     """Run the script, on `ranks` ranks through the deepspeed launcher, or plainly on one."""
-    start = [BIN / "deepspeed", "--num_gpus", ranks] if ranks else [sys.executable]
+    launcher = [BIN / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
+    start = launcher if ranks else [sys.executable]
     base = ["--deepspeed", ROOT / "ds_configs/zero3.json", "--max_length", "16"]
     command = [*start, ROOT / "launch/finetune.py", *base, *flags]
     return subprocess.run(
