@@ -92,3 +92,13 @@ def test_batch_sizes_that_the_ranks_cannot_make(total, micro, steps, ranks, fits
     else:
         with pytest.raises(ValueError, match=f"can't be had on {ranks} ranks"):
             check_batch_sizes(config, ranks)
+
+
+def test_every_score_can_be_chosen_and_every_choice_is_a_score() -> None:
+    import typing
+
+    from seft_ds.config import SeftConfig
+    from seft_ds.sparse.scores import GROW, PRUNE
+
+    for field, scores in (("grow", GROW), ("prune", PRUNE)):
+        assert set(typing.get_args(SeftConfig.model_fields[field].annotation)) == set(scores)

@@ -4,7 +4,7 @@
     step    step, loss, learning_rate, grad_norm; seconds, tokens (since the line before it)
     event   step, target, dropped, grown, kept, revived, died, folded, pruned, live, target_live,
             slots, seconds, bytes
-    fresh   step, largest_update, learning_rate: the step after an event, fresh slots only
+    fresh   step, largest_update, by_target, learning_rate: the step after an event, fresh slots only
     eval    step, name, value
     end     step, seconds, live, target_live, changed_positions
 

@@ -172,8 +172,7 @@ class SparseEvolution:
         applied: the step was taken, so that the deltas of fresh slots are their first update.
         """
         kept = {}
-        largest = 0.0
-        any_fresh = False
+        updates: dict[str, float] = {}  # of the slots that the last event placed
         for bucket in self._buckets():
             for i, delta in zip(bucket, self.gather_deltas(bucket), strict=True):
                 state = self.states[i]
@@ -181,13 +180,17 @@ class SparseEvolution:
                 if applied and state.fresh_slots is not None:
                     # Fresh slots started at 0, so their value after one step is their update.
                     if state.fresh_slots.numel():
-                        largest = max(largest, float(delta[state.fresh_slots].abs().max()))
-                        any_fresh = True
+                        updates[state.target.name] = float(delta[state.fresh_slots].abs().max())
                     state.fresh_slots = None
                 if i in due:
                     kept[i] = delta
-        if any_fresh:
-            self._tell(kind="fresh", largest_update=largest, learning_rate=learning_rate)
+        if updates:
+            self._tell(
+                kind="fresh",
+                largest_update=max(updates.values()),
+                by_target=updates,
+                learning_rate=learning_rate,
+            )
         return kept
 
     # Topology.
