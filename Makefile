@@ -16,7 +16,7 @@ help: ## what can be made
 
 setup: $(VENV)/.ready ## make .venv with the pinned versions
 
-quickstart: $(VENV)/.ready ## prune and fine-tune a tiny model on this machine; ARGS="..." are passed on
+quickstart: $(VENV)/.ready ## prune a real small model and repair it on this machine; ARGS="..." are passed on
 	$(PY) launch/quickstart.py $(ARGS)
 
 lint: $(VENV)/.ready ## style and types

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
+from seft_ds.console import model_folder, prepare_device, run, torch_dtype
 
 
 @dataclass
@@ -170,7 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = run(main)
-    if status and not is_first_rank():
-        time.sleep(1)  # let rank 0 print before the launcher sees a failure and ends everybody
-    sys.exit(status)
+    sys.exit(run(main))

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
+from seft_ds.console import model_folder, prepare_device, run, torch_dtype
 from seft_ds.prune.choose import Budget
 
 
@@ -165,7 +165,7 @@ def prune(options: PruneArguments) -> None:
     # Only now the slow imports: a mistake in the arguments is told at once.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from seft_ds.checkpoint.export import save_pruned
+    from seft_ds.checkpoint.pruned import save_pruned
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.prune.walk import prune_by_magnitude, prune_by_wanda
 
@@ -202,7 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = run(main)
-    if status and not is_first_rank():
-        time.sleep(1)  # let rank 0 print before the launcher sees a failure and ends everybody
-    sys.exit(status)
+    sys.exit(run(main))

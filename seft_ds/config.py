@@ -1,7 +1,7 @@
 """The "seft" block of a DeepSpeed config: typed, constrained, cross-checked.
 
 Every wrong value is a ValueError that says what came, what was wanted and what to change. "auto" is
-resolved in one place only (`schedule.resolve_interval`, `train`), and the result is logged.
+resolved in one place only (`schedule.resolve_interval`, `SparseEvolution.begin`), and the result is logged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Auto = Literal["auto"]
 
 
 class SeftConfig(BaseModel):
-    """Settings of sparsity evolution fine-tuning. Defaults: docs/results.md and algorithm notes."""
+    """Settings of sparsity evolution fine-tuning. What each means: docs/configuration.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

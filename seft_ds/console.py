@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,8 @@ def run(main: Callable[[], None]) -> int:
             print(f"error: {text}", file=sys.stderr)
         elif os.environ.get("LOCAL_RANK") == "0":  # a file that is missing on this machine only
             print(f"error on rank {os.environ.get('RANK')}: {text}", file=sys.stderr)
+        if not is_first_rank():
+            time.sleep(1)  # rank 0 prints before the launcher sees a failure and ends everybody
         return 2
     return 0
 

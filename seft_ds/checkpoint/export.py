@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,8 @@ from seft_ds.checkpoint.verify import (
     verify,
 )
 from seft_ds.sparse import mask
-from seft_ds.sparse.pattern import at_most, fill
-from seft_ds.targets import parse_pattern
 
-__all__ = ["TargetInfo", "TensorInfo", "about_run", "save_pruned", "versions", "write_sparse_model"]
+__all__ = ["TargetInfo", "TensorInfo", "about_run", "versions", "write_sparse_model"]
 
 _SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 _LEGAL_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -120,44 +118,6 @@ def write_sparse_model(
     return record
 
 
-def save_pruned(
-    model: Any,
-    source_dir: str | Path,
-    output_dir: str | Path,
-    targets: dict[str, str | None],
-    about: dict[str, Any],
-    max_shard_bytes: int = 5 * 2**30,
-) -> dict[str, Any]:
-    """Write a pruned Hugging Face model that is whole in memory; returns the sparsity record.
-
-    `targets`: tensor name -> "N:M" or None; what is not zero is live. In an N:M weight a group with
-    fewer than N nonzero entries (a dead input column, say) has its first zeros declared live, and a
-    group with more is a ValueError. Tied copies are written once, under the name that ties them.
-    """
-    state = dict(_distinct_tensors(model))
-    missing = sorted(set(targets) - set(state))
-    if missing:
-        raise ValueError(f"targets {missing[:3]} are no tensors of the model; use state_dict names")
-    infos = {}
-    for name, pattern in targets.items():
-        live = nonzero_live(name, state[name], pattern)
-        infos[name] = TargetInfo(
-            pattern=pattern,
-            target_live=int(torch.count_nonzero(live)),
-            live_bits=mask.pack(live.view(-1)),
-        )
-    layout = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in state.items()]
-    return write_sparse_model(
-        output_dir,
-        state.items(),
-        layout=layout,
-        targets=infos,
-        source_dir=source_dir,
-        about=about,
-        max_shard_bytes=max_shard_bytes,
-    )
-
-
 def versions() -> dict[str, str]:
     """Installed versions of what the numbers in a record depend on; absent packages are left out."""
     found = {}
@@ -182,25 +142,6 @@ def about_run(
         "seft": config,
         "versions": versions(),
     }
-
-
-def nonzero_live(name: str, weight: torch.Tensor, pattern: str | None) -> torch.Tensor:
-    """Bool like `weight` (out, in): its nonzero entries, groups of an N:M pattern filled up to N.
-
-    Raises ValueError naming the weight where a group has more than N, or the width is no multiple of M.
-    """
-    live = weight != 0
-    if pattern is None:
-        return live
-    n, m = parse_pattern(pattern)
-    if weight.dim() != 2 or weight.shape[1] % m:
-        raise ValueError(f"{name} of shape {tuple(weight.shape)} can't have the pattern {pattern}")
-    if not at_most(live, n, m):
-        over = int((live.view(-1, m).sum(dim=1) > n).sum())
-        raise ValueError(
-            f"{name} is not {pattern}: {over} groups have more than {n} nonzero; prune it"
-        )
-    return fill(live, n, m)
 
 
 def exact_zeros(
@@ -270,19 +211,6 @@ def _save_from_transformers(name: str, destination: Path) -> None:
             side.from_pretrained(name).save_pretrained(destination)
         except (OSError, ValueError):
             continue  # a model need not have either
-
-
-def _distinct_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """state_dict entries, each storage once and without what is not meant to be saved."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    state = {n: t.detach() for n, t in model.state_dict().items() if n not in ignored}
-    same: dict[tuple, list[str]] = {}
-    for name, tensor in state.items():
-        same.setdefault((tensor.data_ptr() or name, tensor.shape, tensor.stride()), []).append(name)
-    # Of names that share a storage, the one that the others are tied to; else the first.
-    kept = {min(names, key=lambda name: name in tied) for names in same.values()}
-    return ((name, tensor) for name, tensor in state.items() if name in kept)
 
 
 def _check_request(

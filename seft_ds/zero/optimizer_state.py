@@ -1,6 +1,6 @@
 """Where the deltas' fp32 master values and their moments are, for each ZeRO stage.
 
-DeepSpeed keeps them in flat buffers (read in DeepSpeed 0.19.8; the table is in docs/deepspeed.md):
+DeepSpeed keeps them in flat buffers (read in DeepSpeed 0.19.8):
 
 | stage  | fp32 master                            | where a parameter is in it            |
 |--------|----------------------------------------|---------------------------------------|

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seft_ds.checkpoint.export import save_pruned
+from seft_ds.checkpoint.pruned import save_pruned
 
 
 def dense_dir(path: Path, dtype: torch.dtype = torch.bfloat16, tied: bool = False) -> Path:

@@ -15,10 +15,9 @@ from seft_ds.checkpoint.export import (
     TargetInfo,
     TensorInfo,
     exact_zeros,
-    nonzero_live,
-    save_pruned,
     write_sparse_model,
 )
+from seft_ds.checkpoint.pruned import nonzero_live, save_pruned
 from seft_ds.checkpoint.shard_files import ShardWriter, plan_shards
 from seft_ds.sparse import mask
 from tests.checkpoint.models import dense_dir, pruned_model, sparse_dir

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from seft_ds.checkpoint.export import save_pruned
+from seft_ds.checkpoint.pruned import save_pruned
 from seft_ds.checkpoint.verify import verify
 from tests.ranks import free_port
 from tests.tiny import dense_model, prune_

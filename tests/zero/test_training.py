@@ -108,7 +108,7 @@ def bf16_runs(folder: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", [1, 3])
 def test_bf16_and_what_the_files_hold(size: int, tmp_path: Path) -> None:
-    from seft_ds.checkpoint.export import save_pruned
+    from seft_ds.checkpoint.pruned import save_pruned
     from seft_ds.checkpoint.verify import verify
 
     model = tiny_model("llama", torch.bfloat16)
