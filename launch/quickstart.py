@@ -160,4 +160,10 @@ def read_perplexity(path: Path) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(
+            "stopped; the same command goes on with the step that was not finished", file=sys.stderr
+        )
+        sys.exit(130)
