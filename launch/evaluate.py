@@ -5,8 +5,8 @@
         --limit 100 --output_path results.json
 
 Runs the same under `python`, `deepspeed` and `torchrun`; several ranks share the windows of the
-text and the requests of the tasks, and every one of them holds the whole model. Exit status: 0, or 2 for
-a mistake in the input.
+text and the requests of the tasks, and every one of them holds the whole model. Exit status: 0; 2 for a
+mistake in the input; 1 for any other error, the loss of a rank among them.
 """
 
 from __future__ import annotations
@@ -98,11 +98,13 @@ def evaluate(options: EvaluateArguments) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from seft_ds.distributed.collectives import close_ranks, init_ranks
+    from seft_ds.distributed.liveness import watch_peers
     from seft_ds.evaluate.perplexity import write_json
 
     manager = None if options.tasks is None else known_tasks(options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ranks = init_ranks()
+    watch_peers(ranks)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(options.dtype))
     model = model.to(device).eval()
     check_length(options.max_length, model)

@@ -8,7 +8,7 @@
 
 Runs the same under `deepspeed`, `torchrun` and `srun`, on GPUs or, where there are none, on the CPU. Flags
 are those of transformers' TrainingArguments and TRL's SFTConfig; `--help` lists them all.
-Exit status: 0, or 2 for a mistake in the input.
+Exit status: 0; 2 for a mistake in the input; 1 for any other error, the loss of a rank among them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from seft_ds.console import prepare_device, run
 def main() -> None:
     prepare_device()
     from seft_ds.distributed.collectives import close_ranks, init_ranks
+    from seft_ds.distributed.liveness import watch_peers
 
     # The ranks must have met before transformers builds its arguments: under ZeRO-3 it decides then
     # how models are loaded.
     ranks = init_ranks()
-    from seft_ds.train.arguments import parse
+    watch_peers(ranks)
     from seft_ds.train.run import repair
 
-    repair(parse(sys.argv[1:]), ranks)
+    repair(sys.argv[1:], ranks)
     close_ranks()  # not after an error: the peers may not come
 
 

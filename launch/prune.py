@@ -5,7 +5,8 @@
     python launch/prune.py --model_name_or_path DIR --output_dir PRUNED --method magnitude --pattern 2:4
 
 Runs the same under `python`, `deepspeed` and `torchrun`; several ranks share the calibration
-sequences and every one of them holds the whole model. Exit status: 0, or 2 for a mistake in the input.
+sequences and every one of them holds the whole model. Exit status: 0; 2 for a mistake in the
+input; 1 for any other error, the loss of a rank among them.
 """
 
 from __future__ import annotations
@@ -167,9 +168,11 @@ def prune(options: PruneArguments) -> None:
 
     from seft_ds.checkpoint.pruned import save_pruned
     from seft_ds.distributed.collectives import close_ranks, init_ranks
+    from seft_ds.distributed.liveness import watch_peers
     from seft_ds.prune.walk import prune_by_magnitude, prune_by_wanda
 
     ranks = init_ranks()
+    watch_peers(ranks)
     first = ranks.rank == 0
     start = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(options.dtype))

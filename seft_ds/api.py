@@ -9,6 +9,7 @@ from torch import nn
 
 from seft_ds.checkpoint.hooks import carry_state
 from seft_ds.config import SeftConfig, check_batch_sizes, load_deepspeed_config, parse_seft
+from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import init_ranks
 from seft_ds.zero.initialize import attach_model, find_attached, make_engine
 
@@ -51,7 +52,9 @@ def initialize(
             'set "total_steps" in the "seft" block to the optimizer steps of the whole run: a loop of '
             "your own can't tell SEFT how long it will be (transformers' Trainer can)"
         )
-    check_batch_sizes(checked, init_ranks().size)
+    ranks = init_ranks()
+    check_batch_sizes(checked, ranks.size)
+    agree(ranks, checked, "the DeepSpeed config")
     attached = find_attached(model)
     if attached is None:
         attach(model, settings)

@@ -60,6 +60,15 @@ class SeftConfig(BaseModel):
     min_sparsity: float = Field(
         0.05, gt=0, lt=1, description="A weight with a smaller share of zeros counts as dense."
     )
+    max_skipped_steps: int = Field(
+        5,
+        ge=0,
+        description="Steps in a row with a loss or gradient that isn't finite, before the run stops.",
+    )
+    checkpoint_base: Literal["copy", "reference"] = Field(
+        "copy",
+        description="Checkpoints hold the frozen weights, or only what differs from the base model.",
+    )
     total_steps: int | Auto = Field("auto", description="Optimizer steps of the whole run.")
     seed: int = Field(0, ge=0, description="Seed of the random slots.")
 

@@ -11,8 +11,11 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+
+from seft_ds.errors import RunError
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -54,24 +57,56 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+# Called with the error that ends this rank. One tells the peers, and returns what to print instead of the
+# traceback if the error only follows from the loss of a peer. A list, because what knows the peers
+# (distributed/liveness.py) stands in a later layer.
+on_failure: list[Callable[[BaseException], str | None]] = []
+
+
 def run(main: Callable[[], None]) -> int:
-    """Exit status of `main`: 0, or 2 after a ValueError, which the first rank of each machine prints.
+    """Exit status of `main`: 0, or 2 after a ValueError and 1 after a RunError, each told in one line.
 
     ValueError is how this project tells users what to change, so its traceback would only hide the
-    message. Every other error passes through with its traceback.
+    message. Every other error passes through with its traceback, unless it follows from the loss of a peer:
+    then the process says which and ends here, with status 1.
     """
     try:
         main()
-    except ValueError as error:
-        text = " ".join(str(error).split())
-        if is_first_rank():
-            print(f"error: {text}", file=sys.stderr)
-        elif os.environ.get("LOCAL_RANK") == "0":  # a file that is missing on this machine only
-            print(f"error on rank {os.environ.get('RANK')}: {text}", file=sys.stderr)
-        if not is_first_rank():
-            time.sleep(1)  # rank 0 prints before the launcher sees a failure and ends everybody
-        return 2
+    except (ValueError, RunError) as error:
+        explain(error)
+        tell(" ".join(str(error).split()))
+        return 2 if isinstance(error, ValueError) else 1
+    except BaseException as error:
+        loss = explain(error)
+        if loss is not None:
+            leave(loss)
+        raise
     return 0
+
+
+def explain(error: BaseException) -> str | None:
+    """Tell the peers that this rank ends by `error`, or learn from which peer's loss it follows."""
+    losses = [hook(error) for hook in list(on_failure)]
+    return next((text for text in losses if text is not None), None)
+
+
+def tell(text: str) -> None:
+    """Print what ends the run, on the first rank of each machine."""
+    if is_first_rank():
+        print(f"error: {text}", file=sys.stderr)
+        return
+    if os.environ.get("LOCAL_RANK") == "0":  # a file that is missing on this machine only
+        print(f"error on rank {os.environ.get('RANK')}: {text}", file=sys.stderr)
+    time.sleep(1)  # rank 0 prints before the launcher sees a failure and ends everybody
+
+
+def leave(text: str) -> NoReturn:
+    """Print on every rank, and end at once: the exit of a process group may wait for the lost peer."""
+    # The line break first: a progress bar has left none.
+    print(f"\nerror on rank {os.environ.get('RANK', '0')}: {text}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def model_folder(name: str) -> Path:

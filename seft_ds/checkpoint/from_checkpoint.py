@@ -1,4 +1,8 @@
-"""A sparse model from a checkpoint, without DeepSpeed and without the original ranks."""
+"""A sparse model from a checkpoint, without DeepSpeed and without the original ranks.
+
+Memory: one weight at a time, in up to three copies while it is put together (its pieces, the whole, its
+mask), whatever the size of the model.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
+from seft_ds.checkpoint.layout import CheckpointMeta, find_tag, read_meta
+from seft_ds.checkpoint.manifest import find_problems
+from seft_ds.checkpoint.pieces import Pieces
 from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE
-from seft_ds.checkpoint.state import find_tag, read_meta, whole_weights
+from seft_ds.sparse import mask
+from seft_ds.zero.fingerprint import fingerprint
 
 
 def export_checkpoint(
@@ -20,41 +28,80 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write the model of a checkpoint; returns its sparsity record.
 
-    The target weights come from the checkpoint; all others are frozen in a SEFT run, so they are read from
-    the pruned model that the run started from (`source_dir`, default: where it was then).
+    source_dir: the pruned model that the run started from (default: where it was then). Config and
+        tokenizer come from it; of its weights only a checkpoint with `checkpoint_base` "reference" needs
+        any, and then they are compared with the fingerprints that the checkpoint holds.
 
     Raises:
-        ValueError: no checkpoint there, no base model, or one that doesn't fit.
+        ValueError: no checkpoint there, a damaged one, no base model, or one that is not the run's.
     """
     tag = find_tag(checkpoint)
+    problems = find_problems(tag)
+    if problems:
+        raise ValueError(f"the checkpoint {tag} is damaged: {'; '.join(problems[:3])}")
     meta = read_meta(tag)
-    source = Path(source_dir or meta["source_dir"])
-    where = tensor_files(source)
-    targets = {f"{t['name']}.weight": t for t in meta["targets"]}
-    missing = sorted(set(targets) - set(where))
-    if missing:
-        raise ValueError(f"{source} has no tensor {missing[0]}: it is not the model of this run")
-    infos: dict[str, TargetInfo] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for target, weight, bits, changed in whole_weights(tag):
-        name = f"{target['name']}.weight"
-        pattern = ":".join(str(n) for n in target["pattern"]) if target["pattern"] else None
-        infos[name] = TargetInfo(pattern, target["target_live"], changed, bits)
-        dtypes[name] = weight.dtype
-    trained_dtype = next(iter(dtypes.values()))
-    layout = [
-        TensorInfo(name, shape, trained_dtype if dtype.is_floating_point else dtype)
-        for name, shape, dtype in _shapes(where)
-    ]
-    about = about_run(source, meta["step"], meta["counters"][0], meta["config"])
+    source = Path(source_dir or meta.source_dir)
+    if not (source / "config.json").is_file():
+        raise ValueError(
+            f"{str(source)!r} has no config.json: name the pruned model that the run started from with "
+            "--model_name_or_path"
+        )
+    pieces = Pieces(tag, meta)
+    base = BaseModel(source, meta) if meta.base == "reference" else None
     return write_sparse_model(
         output_dir,
-        _tensors(tag, where, set(targets)),
-        layout=layout,
-        targets=infos,
+        _tensors(pieces, base),
+        layout=_layout(meta, base),
+        targets=_target_infos(pieces, base),
         source_dir=source,
-        about=about,
+        about=about_run(source, meta.step, meta.n_events, meta.config),
     )
+
+
+class BaseModel:
+    """The pruned model that a run started from, its weights as the run loaded them."""
+
+    def __init__(self, folder: Path, meta: CheckpointMeta):
+        self.meta = meta
+        self.where = tensor_files(folder)
+        self.folder = folder
+        self._targets = {f"{t.name}.weight" for t in meta.targets}
+        missing = sorted(self._targets - set(self.where))
+        if missing:
+            raise ValueError(
+                f"{folder} has no tensor {missing[0]}: it is not the model of this run"
+            )
+
+    def info(self, name: str) -> TensorInfo:
+        with safe_open(self.where[name], framework="pt") as file:
+            part = file.get_slice(name)  # the header only
+            return TensorInfo(name, tuple(part.get_shape()), self._dtype(part.get_dtype()))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight in the run's dtype. ValueError if it is not the one that the run loaded."""
+        with safe_open(self.where[name], framework="pt") as file:
+            code = file.get_slice(name).get_dtype()
+            value = file.get_tensor(name).to(self._dtype(code)).contiguous()
+        wanted = self.meta.fingerprints.get(name)
+        if wanted is None:  # a buffer, or a copy of a tied weight
+            return value
+        # A run turns the -0.0 of linear layers into +0.0.
+        for candidate in (value, value.masked_fill(value == 0, 0)):
+            if f"{fingerprint(candidate.view(-1), 0):016x}" == wanted:
+                return candidate
+        raise ValueError(
+            f"{name} of {self.folder} is not the weight that the checkpoint's run started from; name that "
+            "model with --model_name_or_path"
+        )
+
+    def _dtype(self, code: str) -> torch.dtype:
+        stored = DTYPE_OF_CODE.get(code)
+        if stored is None:
+            raise ValueError(f"{self.folder} holds a tensor in {code}, which can't be written")
+        return getattr(torch, self.meta.dtype) if stored.is_floating_point else stored
+
+    def others(self) -> list[str]:
+        return [name for name in self.where if name not in self._targets]
 
 
 def tensor_files(model_dir: Path) -> dict[str, Path]:
@@ -66,29 +113,60 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
             "with --model_name_or_path"
         )
     index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        return {n: model_dir / Path(f).name for n, f in names.items()}
-    where: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
+    try:
+        if index.is_file():
+            names = json.loads(index.read_text())["weight_map"]
+            return {str(n): model_dir / Path(f).name for n, f in names.items()}
+        where: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), path)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"the files of {str(model_dir)!r} are damaged ({error})") from None
     return where
 
 
-def _shapes(where: dict[str, Path]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    for name, path in where.items():
-        with safe_open(path, framework="pt") as file:
-            part = file.get_slice(name)  # the header only
-            yield name, tuple(part.get_shape()), DTYPE_OF_CODE[part.get_dtype()]
+def whole_weight(pieces: Pieces, base: BaseModel | None, i: int) -> torch.Tensor:
+    """The effective weight of target i, (out, in)."""
+    target = pieces.meta.targets[i]
+    numel = target.shape[0] * target.shape[1]
+    if base is None:
+        return pieces.weight(i, 0, numel).view(target.shape)
+    flat = base.tensor(f"{target.name}.weight").view(-1)
+    if flat.numel() != numel:
+        raise ValueError(f"{target.name} of {base.folder} has not the shape {target.shape}")
+    position, value = pieces.touched(i, 0, numel)
+    flat[position] = value
+    return flat.view(target.shape)
 
 
-def _tensors(
-    tag: Path, where: dict[str, Path], targets: set[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for target, weight, _, _ in whole_weights(tag):
-        yield f"{target['name']}.weight", weight
-    for name, path in where.items():
-        if name not in targets:
-            with safe_open(path, framework="pt") as file:
-                yield name, file.get_tensor(name)
+def _target_infos(pieces: Pieces, base: BaseModel | None) -> dict[str, TargetInfo]:
+    infos = {}
+    for i, meta in enumerate(pieces.meta.targets):
+        target = meta.target()
+        live = pieces.bits(i, "live_bits", 0, target.numel)
+        start = pieces.bits(i, "start_bits", 0, target.numel)
+        infos[f"{target.name}.weight"] = TargetInfo(
+            target.pattern_text, target.target_live, mask.count(live ^ start), live
+        )
+    return infos
+
+
+def _layout(meta: CheckpointMeta, base: BaseModel | None) -> list[TensorInfo]:
+    dtype = getattr(torch, meta.dtype)
+    targets = [TensorInfo(f"{t.name}.weight", tuple(t.shape), dtype) for t in meta.targets]
+    if base is not None:
+        return targets + [base.info(name) for name in base.others()]
+    others = [TensorInfo(o.name, tuple(o.shape), getattr(torch, o.dtype)) for o in meta.others]
+    return targets + others
+
+
+def _tensors(pieces: Pieces, base: BaseModel | None) -> Iterator[tuple[str, torch.Tensor]]:
+    for i, target in enumerate(pieces.meta.targets):
+        yield f"{target.name}.weight", whole_weight(pieces, base, i)
+    if base is not None:
+        for name in base.others():
+            yield name, base.tensor(name)
+        return
+    for k, other in enumerate(pieces.meta.others):
+        yield other.name, pieces.other(k, 0, other.numel).view(other.shape)

@@ -75,7 +75,7 @@ def index_of(shards: dict[str, list[TensorInfo]]) -> dict:
     return {"metadata": {"format": "pt", "total_size": total_bytes}, "weight_map": weight_map}
 
 
-def _header(infos: list[TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def file_header(infos: list[TensorInfo]) -> tuple[bytes, dict[str, int]]:
     """The file's leading bytes, and where in the file each tensor starts (bytes from 0)."""
     # Widest dtypes first: with the header padded to 8 bytes, every tensor is then aligned to its own
     # item size, which readers that map the file into memory need.
@@ -103,7 +103,7 @@ class ShardWriter:
         self._files: list[BinaryIO] = []
         self._place: dict[str, tuple[BinaryIO, int, TensorInfo]] = {}
         for file_name, infos in shards.items():
-            head, starts = _header(infos)
+            head, starts = file_header(infos)
             file = open(directory / file_name, "wb")  # noqa: SIM115 (closed in __exit__)
             self._files.append(file)
             file.write(head)

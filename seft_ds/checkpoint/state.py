@@ -1,198 +1,414 @@
-"""SEFT's own state beside DeepSpeed's checkpoint: masks, slots, windows, and the sparse weights.
+"""The state of a SEFT run to and from a checkpoint's files (checkpoint/layout.py says what they hold).
 
-One safetensors file a rank and one `seft.json`. Everything is stored by global position or slot index,
-each rank its own range, so that a reader can put a whole weight together without knowing ZeRO, and
-`launch/export.py` can make a model from a checkpoint without the original ranks. DeepSpeed's part of
-the checkpoint holds the deltas' optimizer state.
+Saving: each rank writes its own range of everything; nothing is gathered but small lists. Loading: each
+rank reads the ranges that it needs now, under whatever number of ranks and ZeRO stage. DeepSpeed's own
+checkpoint files are not used: they can't change the number of ranks, lose frozen weights when they do,
+hold every frozen weight a second time, and need pickle (read in DeepSpeed 0.19.8). What DeepSpeed would
+have kept there beside tensors (counters, scheduler, hyperparameters, the caller's state) is in engine.pt,
+which is loaded with `weights_only=True`: plain data and tensors, no code.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from seft_ds.checkpoint.export import versions
+from seft_ds.checkpoint.layout import (
+    ENGINE_NAME,
+    META_NAME,
+    CheckpointMeta,
+    OtherMeta,
+    TargetMeta,
+    rank_file,
+)
+from seft_ds.checkpoint.manifest import FileEntry, write_bytes, write_tensors
+from seft_ds.checkpoint.model import model_tensors
+from seft_ds.checkpoint.pieces import Pieces, index_dtype
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
-from seft_ds.zero import shards
+from seft_ds.sparse.shard import shard_range
+from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.engine import SparseEvolution
-from seft_ds.zero.weight_state import SlotTable, WeightState
+from seft_ds.zero.weight_state import WeightState
 
-FORMAT = "seft_ds-checkpoint-1"
-FOLDER = "seft"
-META = "seft.json"
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-def save_state(seft: SparseEvolution, directory: Path, source_dir: str) -> None:
-    """Write this rank's part; rank 0 also writes the description. A collective."""
-    folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
-    windows = []
-    for i, state in enumerate(seft.states):
-        tensors |= {f"{i}.{name}": t.contiguous() for name, t in _tensors_of(state).items()}
-        windows.append(state.window.steps if state.window is not None else None)
-    save_file(tensors, folder / _file_name(seft.ranks.rank, seft.ranks.size))
-    ranges = seft.ranks.gather_object([(s.lo, s.hi) for s in seft.states])
-    if seft.ranks.rank == 0:
-        meta = {
-            "format": FORMAT,
-            "step": seft.step,
-            "total_steps": seft.schedule.total_steps if seft.schedule else None,
-            "ranks": seft.ranks.size,
-            "ranges": ranges,  # [rank][target] = the positions [lo, hi) in that rank's file
-            "targets": [asdict(s.target) for s in seft.states],
-            "window_steps": windows,
-            "source_dir": source_dir,
-            "config": seft.config.model_dump(),
-            "counters": [seft.n_events, seft.event_seconds, seft.event_bytes],
-        }
-        (folder / META).write_text(json.dumps(meta))
-    seft.ranks.barrier()
+# Saving.
 
 
-def load_state(seft: SparseEvolution, directory: Path) -> None:
-    """Restore what `save_state` wrote, after DeepSpeed has restored weights and optimizer.
+def save_state(
+    seft: SparseEvolution, directory: Path, source_dir: str, client_state: dict, base: str
+) -> dict[str, FileEntry]:
+    """Write this rank's files into an existing directory; returns what was written. A collective.
+
+    base: "copy" (all frozen weights) or "reference" (only what may differ from the base model).
 
     Raises:
-        ValueError: no SEFT state there, or that of another model, configuration or rank count.
+        ValueError: client_state holds more than plain data and tensors.
     """
-    meta = read_meta(directory)
-    _check_same_run(seft, meta)
-    name = _file_name(seft.ranks.rank, seft.ranks.size)
-    with safe_open(directory / FOLDER / name, framework="pt") as file:
-        for i, state in enumerate(seft.states):
-            prefix = f"{i}."
-            tensors = {
-                key.removeprefix(prefix): file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118 (not a dict)
-                if key.startswith(prefix)
-            }
-            _restore(state, tensors, meta["window_steps"][i])
-    seft.step = meta["step"]
-    seft.resumed_total_steps = meta["total_steps"]
-    seft.n_events, seft.event_seconds, seft.event_bytes = meta["counters"]
-    if seft.schedule is not None:
-        seft.begin(seft.schedule.total_steps)
-
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """The description of the SEFT state in a checkpoint's tag directory. ValueError if there is none."""
-    path = directory / FOLDER / META
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} holds no SEFT state ({FOLDER}/{META} is missing): it was not saved by a SEFT "
-            "run, or the save was interrupted; give another checkpoint"
+    rank, size = seft.ranks.rank, seft.ranks.size
+    moments = _moment_names(seft)
+    others = _others(seft)
+    slot_ranges = seft.ranks.gather_object([_saved_slots(seft, s) for s in seft.states])
+    tensors: dict[str, torch.Tensor] = {}
+    for i, state in enumerate(seft.states):
+        found = _tensors_of(state, base)
+        found |= _slot_values(state, slot_ranges[rank][i], moments)
+        if rank == 0 and state.fresh_slots is not None:
+            found["fresh_slots"] = state.fresh_slots
+        tensors |= {f"{i}.{name}": tensor for name, tensor in found.items()}
+    for other, tensor in others:
+        if other.buffer or base == "copy":
+            tensors[f"other.{other.name}"] = _share(tensor, rank, size, seft)
+    name = rank_file(rank, size)
+    written = {name: write_tensors(directory / name, tensors)}
+    if rank == 0:
+        kept = [other for other, _ in others if other.buffer or base == "copy"]
+        meta = _meta(seft, kept, slot_ranges, moments, source_dir, base)
+        text = json.dumps(meta.model_dump(), indent=1)
+        written[META_NAME] = write_bytes(directory / META_NAME, text.encode())
+        written[ENGINE_NAME] = write_bytes(
+            directory / ENGINE_NAME, _engine_bytes(seft.engine, client_state)
         )
-    meta = json.loads(path.read_text())
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT!r}")
-    return meta
+    return written
 
 
-def find_tag(checkpoint: Path) -> Path:
-    """The directory with the state of a checkpoint: itself, or the one that DeepSpeed's `latest` names."""
-    if (checkpoint / FOLDER).is_dir():
-        return checkpoint
-    latest = checkpoint / "latest"
-    if not latest.is_file():
-        raise ValueError(
-            f"{checkpoint} is no checkpoint (no file 'latest'); give RUN/checkpoint-N as it was written"
-        )
-    name = latest.read_text().strip()
-    if Path(name).name != name or not (checkpoint / name).is_dir():
-        raise ValueError(f"{latest} names {name!r}, which is no folder beside it")
-    return checkpoint / name
+def _moment_names(seft: SparseEvolution) -> list[str]:
+    """Which moments the optimizer keeps, on any rank (one without slots has none). One gather."""
+    names = [n for s in seft.states for n in s.slot_shard.moment_names()]
+    return sorted({n for per_rank in seft.ranks.gather_object(set(names)) for n in per_rank})
 
 
-def whole_weights(directory: Path) -> Iterator[tuple[dict, torch.Tensor, torch.Tensor, int]]:
-    """(target, weight (out, in), packed live bits, changed positions), one target at a time.
-
-    Reads the files of all ranks; at most one weight is in memory.
-    """
-    meta = read_meta(directory)
-    names = [_file_name(r, meta["ranks"]) for r in range(meta["ranks"])]
-    for name in names:
-        if not (directory / FOLDER / name).is_file():
-            raise ValueError(
-                f"{directory}: {FOLDER}/{name} is missing; the checkpoint is incomplete"
-            )
-    files = [safe_open(directory / FOLDER / name, framework="pt") for name in names]
-    for i, target in enumerate(meta["targets"]):
-        lengths = [meta["ranges"][r][i][1] - meta["ranges"][r][i][0] for r in range(len(files))]
-        weight = torch.cat([f.get_tensor(f"{i}.weight") for f in files])
-        live, start = (
-            torch.cat(
-                [
-                    mask.unpack(f.get_tensor(f"{i}.{part}"), n)
-                    for f, n in zip(files, lengths, strict=True)
-                ]
-            )
-            for part in ("live_bits", "start_bits")
-        )
-        yield target, weight.view(target["shape"]), mask.pack(live), int((live ^ start).sum())
+def _saved_slots(seft: SparseEvolution, state: WeightState) -> tuple[int, int]:
+    """The slots [lo, hi) whose master values this rank writes."""
+    if optimizer_state.is_replicated(seft.engine):
+        return shard_range(state.target.n_slots, seft.ranks.rank, seft.ranks.size)
+    return state.slot_shard.lo, state.slot_shard.hi
 
 
-def _tensors_of(state: WeightState) -> dict[str, torch.Tensor]:
-    """What a restart of this rank needs; the owned weights too, for readers without DeepSpeed."""
+def _slot_values(
+    state: WeightState, saved: tuple[int, int], moments: list[str]
+) -> dict[str, torch.Tensor]:
+    """fp32 deltas and moments of the slots in `saved`, which lie in this rank's slot shard."""
+    part = state.slot_shard
+    cut = slice(saved[0] - part.lo, saved[1] - part.lo)
+    values = {"delta": part.master[cut].float()}
+    for name in moments:
+        moment = part.moment(name)
+        assert moment is not None or saved[0] == saved[1], f"{state.target.name} has no {name}"
+        values[f"moment.{name}"] = torch.empty(0) if moment is None else moment[cut].float()
+    return values
+
+
+def _tensors_of(state: WeightState, base: str) -> dict[str, torch.Tensor]:
+    """Masks, slots, window and weights at the positions that this rank owns. A collective for N:M."""
     _, weight = shards.owned(state.weight, state.multiple, state.ranks)
+    rows = state.slots.between(state.lo, state.hi)
+    index = index_dtype(state.target.numel)
     tensors = {
-        "weight": weight,
         "live_bits": state.live_bits,
         "start_bits": state.start_bits,
-        "slots.position": state.slots.position,
-        "slots.slot": state.slots.slot,
-        "slots.base": state.slots.base,
-        "slots.born_dead": state.slots.born_dead,
+        "slots.position": state.slots.position[rows].to(index),
+        "slots.slot": state.slots.slot[rows].to(index),
+        "slots.base": state.slots.base[rows],
+        "slots.born_dead": state.slots.born_dead[rows],
     }
-    if state.fresh_slots is not None:
-        tensors["fresh_slots"] = state.fresh_slots
+    if base == "copy":
+        tensors["weight"] = weight
+    else:
+        touched = mask.unpack(state.touched_bits, state.hi - state.lo)
+        tensors |= {"touched_bits": state.touched_bits, "touched_values": weight[touched]}
     if state.window is not None:
         tensors |= {"window.G": state.window.G, "window.Q": state.window.Q}
     return tensors
 
 
-def _restore(state: WeightState, tensors: dict[str, torch.Tensor], steps: int | None) -> None:
-    device = state.live_bits.device
-    tensors = {name: t.to(device) for name, t in tensors.items()}
-    state.live_bits, state.start_bits = tensors["live_bits"], tensors["start_bits"]
-    state.slots = SlotTable(
-        *(tensors[f"slots.{part}"] for part in ("position", "slot", "base", "born_dead"))
+def _others(seft: SparseEvolution) -> list[tuple[OtherMeta, torch.Tensor]]:
+    """Every weight that is no target, and every buffer that a saved model holds."""
+    ours = {f"{s.target.name}.weight" for s in seft.states}
+    return [
+        (
+            OtherMeta(
+                name=name,
+                shape=list(shards.shape_of(tensor)),  # type: ignore[arg-type]
+                dtype=str(tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                buffer=not isinstance(tensor, torch.nn.Parameter),
+            ),
+            tensor,
+        )
+        for name, tensor in model_tensors(seft.engine.module)
+        if name not in ours
+    ]
+
+
+def _share(tensor: torch.Tensor, rank: int, size: int, seft: SparseEvolution) -> torch.Tensor:
+    """This rank's part of a tensor that may be whole or partitioned, flat."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return shards.owned(tensor, 1, seft.ranks)[1]
+    lo, hi = shard_range(tensor.numel(), rank, size)
+    return tensor.detach().reshape(-1)[lo:hi]
+
+
+def _meta(
+    seft: SparseEvolution,
+    others: list[OtherMeta],
+    slot_ranges: list[list[tuple[int, int]]],
+    moments: list[str],
+    source_dir: str,
+    base: str,
+) -> CheckpointMeta:
+    steps = [x for s in seft.states if (x := s.slot_shard.steps()) is not None]
+    return CheckpointMeta(
+        format="seft_ds-checkpoint-2",
+        base=base,  # type: ignore[arg-type]
+        step=seft.step,
+        total_steps=seft.schedule.total_steps if seft.schedule else None,
+        ranks=seft.ranks.size,
+        zero_stage=seft.engine.zero_optimization_stage(),
+        dtype=str(seft.states[0].weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        targets=target_metas(seft),
+        others=others,
+        fingerprints=seft.base_fingerprints,
+        slot_ranges=[[list(r) for r in ranges] for ranges in slot_ranges],
+        moments=moments,
+        # Rank 0 may hold no slot; then all steps were taken, so that the two counts agree.
+        optimizer_steps=(
+            (steps[0] if steps else float(seft.step - seft.skipped_steps)) if moments else None
+        ),
+        window_steps=[s.window.steps if s.window is not None else None for s in seft.states],
+        source_dir=source_dir,
+        config=seft.config.model_dump(),
+        n_events=seft.n_events,
+        event_seconds=seft.event_seconds,
+        event_bytes=seft.event_bytes,
+        skipped_steps=seft.skipped_steps,
+        skipped_in_a_row=seft.skipped_in_a_row,
+        versions=versions(),
     )
-    state.fresh_slots = tensors.get("fresh_slots")
-    state.window = None
-    if steps is not None:
-        state.window = Window(state.target.numel, state.multiple, state.ranks, device)
-        state.window.G.copy_(tensors["window.G"])
-        state.window.Q.copy_(tensors["window.Q"])
-        state.window.steps = steps
 
 
-def _check_same_run(seft: SparseEvolution, meta: dict) -> None:
-    if meta["ranks"] != seft.ranks.size:
+def target_metas(seft: SparseEvolution) -> list[TargetMeta]:
+    plain = json.loads(json.dumps([asdict(s.target) for s in seft.states]))
+    return [TargetMeta.model_validate(t) for t in plain]
+
+
+def _engine_bytes(engine: Any, client_state: dict) -> bytes:
+    """engine.pt: what DeepSpeed keeps beside tensors. ValueError for a client_state with objects."""
+    scheduler = engine.lr_scheduler
+    state = {
+        "counters": {name: int(getattr(engine, name)) for name in _COUNTERS},
+        "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
+        "hyperparameters": optimizer_state.hyperparameters(engine),
+        "client_state": client_state,
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"the checkpoint was written by {meta['ranks']} ranks and this run has {seft.ranks.size}; "
-            f"resume with {meta['ranks']}, or make a model of it with launch/export.py"
-        )
-    mine = json.loads(json.dumps([asdict(s.target) for s in seft.states]))
-    if mine != meta["targets"]:
+            "the checkpoint would need pickle to be read, which can run code: client_state (or the state of "
+            f"the scheduler) may hold only plain data and tensors ({reason})"
+        ) from None
+    return file.getvalue()
+
+
+# Loading.
+
+
+def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> dict[str, Any]:
+    """Put the run into the state that was saved; returns the caller's client_state.
+
+    Call `check_same_run` first. Nothing here needs other ranks but the gather of a persistent parameter.
+
+    Raises:
+        ValueError: damaged files. The engine may then be half restored: make a new one.
+    """
+    engine_state = read_engine_state(directory)  # before anything is changed
+    pieces = Pieces(directory, meta)
+    for i, state in enumerate(seft.states):
+        _restore_weight(state, pieces, i, meta)
+        _restore_slots(state, pieces, i)
+        _restore_masks(state, pieces, i)
+        _restore_window(state, pieces, i, meta.window_steps[i])
+        _restore_optimizer(state, pieces, i, meta)
+    _restore_buffers(seft, pieces, meta)
+    _restore_engine(seft.engine, engine_state)
+    seft.step = meta.step
+    seft.resumed_total_steps = meta.total_steps
+    seft.n_events, seft.event_seconds, seft.event_bytes = (
+        meta.n_events,
+        meta.event_seconds,
+        meta.event_bytes,
+    )
+    seft.skipped_steps, seft.skipped_in_a_row = meta.skipped_steps, meta.skipped_in_a_row
+    seft.guard.reset()
+    if seft.schedule is not None:
+        seft.begin(seft.schedule.total_steps)
+    return engine_state["client_state"]
+
+
+def check_same_run(seft: SparseEvolution, meta: CheckpointMeta) -> None:
+    """Is this checkpoint one of this run? No collective; the answer is the same on every rank.
+
+    Raises:
+        ValueError: another model, other settings, another dtype, or (for a checkpoint without the base
+            weights) an engine that has already trained.
+    """
+    if target_metas(seft) != meta.targets:
         raise ValueError(
-            "the checkpoint belongs to another model or another number of slots: its targets differ "
-            "from this run's; start from the same pruned model with the same density"
+            "the checkpoint belongs to another model or another number of slots: its targets differ from "
+            "this run's; start from the same pruned model with the same density"
         )
-    mine_config = json.loads(json.dumps(seft.config.model_dump()))
-    changed = [k for k, v in meta["config"].items() if mine_config.get(k) != v]
+    dtype = str(seft.states[0].weight.dtype).removeprefix("torch.")
+    if dtype != meta.dtype:
+        raise ValueError(
+            f"the checkpoint was trained in {meta.dtype} and this run in {dtype}; give --dtype {meta.dtype}"
+        )
+    _check_settings(seft.config.model_dump(), meta.config)
+    _check_base(seft, meta)
+
+
+def _check_settings(mine: dict[str, Any], saved: dict[str, Any]) -> None:
+    free = {"checkpoint_base", "max_skipped_steps", "total_steps"}  # `begin` checks the total
+    mine = json.loads(json.dumps(mine))
+    changed = sorted(k for k in (set(mine) | set(saved)) - free if mine.get(k) != saved.get(k))
     if changed:
-        came = {k: mine_config.get(k) for k in changed}
-        was = {k: meta["config"][k] for k in changed}
-        raise ValueError(f'the "seft" settings changed since the checkpoint: was {was}, now {came}')
+        was, now = {k: saved.get(k) for k in changed}, {k: mine.get(k) for k in changed}
+        raise ValueError(f'the "seft" settings changed since the checkpoint: was {was}, now {now}')
 
 
-def _file_name(rank: int, size: int) -> str:
-    return f"rank-{rank:05d}-of-{size:05d}.safetensors"
+def _check_base(seft: SparseEvolution, meta: CheckpointMeta) -> None:
+    """Is the model that this run loaded the one that the checkpoint's run started from?
+
+    A copy holds the targets whole, so only the weights that a load doesn't touch have to be the same.
+    """
+    targets = {f"{s.target.name}.weight" for s in seft.states}
+    names = set(meta.fingerprints) | set(seft.base_fingerprints)
+    if meta.base == "copy":
+        names -= targets
+    elif seft.step:
+        raise ValueError(
+            "this engine has already trained, and the checkpoint holds only what differs from its base "
+            "model; make a new engine from the pruned model and load the checkpoint into that"
+        )
+    for name in sorted(names):
+        if meta.fingerprints.get(name) != seft.base_fingerprints.get(name):
+            raise ValueError(
+                f"the model differs from the one that the checkpoint's run started from ({name}); start "
+                f"from {meta.source_dir!r} as it was then"
+            )
+
+
+def _restore_weight(state: WeightState, pieces: Pieces, i: int, meta: CheckpointMeta) -> None:
+    """The effective weights that this rank holds, and which of its own may differ from the base model's."""
+    lo, held = shards.held(state.weight, state.ranks)
+    if meta.base == "copy":
+        _, before = shards.owned(state.weight, state.multiple, state.ranks)
+        before = before.clone()
+        held.copy_(pieces.weight(i, lo, lo + held.numel()))
+        _, after = shards.owned(state.weight, state.multiple, state.ranks)
+        state.touch((before != after).nonzero().squeeze(1) + state.lo)
+        return
+    position, value = pieces.touched(i, lo, lo + held.numel())
+    held[position.to(held.device) - lo] = value.to(held.device)
+    saved = pieces.bits(i, "touched_bits", state.lo, state.hi)
+    state.touched_bits |= saved.to(state.touched_bits.device)
+
+
+def _restore_slots(state: WeightState, pieces: Pieces, i: int) -> None:
+    device = state.live_bits.device
+    lo, hi = state.known_range
+    table = pieces.slots(i, lo, hi)
+    state.slots = type(table)(
+        *(x.to(device) for x in (table.position, table.slot, table.base, table.born_dead))
+    )
+    state.touch(state.slots.position)
+    begin, held = shards.held(state.position, state.ranks)
+    positions = pieces.slot_positions(i)
+    held.copy_(positions[begin : begin + held.numel()])
+    fresh = pieces.fresh_slots(i)
+    state.fresh_slots = None if fresh is None else fresh.to(device)
+
+
+def _restore_masks(state: WeightState, pieces: Pieces, i: int) -> None:
+    for name in ("live_bits", "start_bits"):
+        getattr(state, name).copy_(pieces.bits(i, name, state.lo, state.hi))
+
+
+def _restore_window(state: WeightState, pieces: Pieces, i: int, steps: int | None) -> None:
+    state.window = None
+    if steps is None:
+        return
+    device = state.live_bits.device
+    state.window = Window(state.target.numel, state.multiple, state.ranks, device)
+    state.window.G.copy_(pieces.window(i, "G", state.lo, state.hi))
+    state.window.Q.copy_(pieces.window(i, "Q", state.lo, state.hi))
+    state.window.steps = steps
+
+
+def _restore_optimizer(state: WeightState, pieces: Pieces, i: int, meta: CheckpointMeta) -> None:
+    part = state.slot_shard
+    if part.hi > part.lo:
+        part.master.copy_(pieces.by_slot(i, "delta", part.lo, part.hi))
+    if meta.optimizer_steps is None:
+        part.forget()
+        return
+    part.prepare(meta.moments, meta.optimizer_steps)
+    for name in meta.moments:
+        moment = part.moment(name)
+        if moment is not None:
+            moment.copy_(pieces.by_slot(i, f"moment.{name}", part.lo, part.hi))
+
+
+def _restore_buffers(seft: SparseEvolution, pieces: Pieces, meta: CheckpointMeta) -> None:
+    buffers = dict(model_tensors(seft.engine.module))
+    for k, other in enumerate(meta.others):
+        if other.buffer:
+            mine = buffers.get(other.name)
+            if mine is None or list(mine.shape) != other.shape:
+                raise ValueError(f"the checkpoint has a buffer {other.name} that this model lacks")
+            mine.copy_(pieces.other(k, 0, other.numel).view(mine.shape))
+
+
+def read_engine_state(directory: Path) -> dict[str, Any]:
+    """engine.pt, checked. ValueError if it is damaged or would run code."""
+    path = directory / ENGINE_NAME
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises whatever its readers meet
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} can't be read ({reason}); the checkpoint is damaged") from None
+    wanted = {
+        "counters": dict,
+        "lr_scheduler": (dict, type(None)),
+        "hyperparameters": list,
+        "client_state": dict,
+    }
+    fits = isinstance(state, dict) and all(
+        isinstance(state.get(name), kind)  # type: ignore[arg-type]
+        for name, kind in wanted.items()
+    )
+    if not fits or not all(isinstance(state["counters"].get(name), int) for name in _COUNTERS):
+        raise ValueError(f"{path} doesn't hold an engine's state; the checkpoint is damaged")
+    if not all(isinstance(group, dict) for group in state["hyperparameters"]):
+        raise ValueError(f"{path} doesn't hold an engine's state; the checkpoint is damaged")
+    return state
+
+
+def _restore_engine(engine: Any, state: dict[str, Any]) -> None:
+    for name in _COUNTERS:
+        setattr(engine, name, state["counters"][name])
+    optimizer_state.set_hyperparameters(engine, state["hyperparameters"])
+    if engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])

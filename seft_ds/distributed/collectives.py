@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from seft_ds.distributed.liveness import current_watch
+
 
 class Ranks(Protocol):
     """What the rest of the code needs of the other ranks."""
@@ -148,6 +150,7 @@ def close_ranks() -> None:
     """Leave together: without it some runs abort at exit, after correct results (deepspeed 0.19.8, gloo)."""
     if dist.is_initialized():
         dist.barrier()
+        current_watch().close()  # from here on an end is no loss
         dist.destroy_process_group()
 
 

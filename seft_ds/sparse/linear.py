@@ -40,12 +40,13 @@ class SlotLinear(torch.autograd.Function):
         delta: torch.Tensor,  # (K,)
         position: torch.Tensor,  # (K,) flat positions
         sink: GradientSink | None,
+        not_finite: torch.Tensor | None = None,  # (), bool: set if a slot gradient isn't finite
     ) -> torch.Tensor:
         # The Parameter objects themselves are saved, never a view or `.data`: ZeRO-3 empties them
         # after forward and fills them again before this module's backward.
         ctx.save_for_backward(x, weight, position)
         ctx.delta_dtype = delta.dtype
-        ctx.sink = sink
+        ctx.sink, ctx.not_finite = sink, not_finite
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -56,9 +57,11 @@ class SlotLinear(torch.autograd.Function):
         d_delta = None
         if ctx.needs_input_grad[3]:
             d_delta = slot_gradient(flat_dy, flat_x, position).to(ctx.delta_dtype)
+            if ctx.not_finite is not None:  # no host sync here: the flag is read once a step
+                ctx.not_finite.logical_or_(~d_delta.isfinite().all())
         if ctx.sink is not None:
             ctx.sink.add(flat_dy, flat_x)
-        return dx, None, None, d_delta, None, None
+        return dx, None, None, d_delta, None, None, None
 
 
 class SeftLinear(nn.Linear):
@@ -85,6 +88,7 @@ class SeftLinear(nn.Linear):
             self.seft_delta,
             self.seft_position,
             self.seft_runtime.open_window(),
+            self.seft_runtime.not_finite,
         )
 
 

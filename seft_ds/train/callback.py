@@ -13,6 +13,7 @@ model), fixes the schedule when the number of steps is known, and keeps the jour
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from seft_ds.api import attach
 from seft_ds.checkpoint.export import versions
+from seft_ds.checkpoint.manifest import MANIFEST_NAME, entries_below, seal
 from seft_ds.checkpoint.model import save_model
 from seft_ds.config import SeftConfig
 from seft_ds.report.journal import JOURNAL_NAME, Journal
+from seft_ds.signals import watch_signals
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
@@ -36,6 +39,7 @@ class SeftCallback(TrainerCallback):
             config that the Trainer's `deepspeed` argument names.
         journal_dir: where `journal.jsonl` goes; default: the Trainer's output_dir.
         about: facts for the journal's first line.
+        handle_signals: on SIGTERM or SIGUSR1 finish the step, write a checkpoint, and end training.
     """
 
     def __init__(
@@ -43,10 +47,13 @@ class SeftCallback(TrainerCallback):
         config: dict | str | Path | SeftConfig | None = None,
         journal_dir: str | Path | None = None,
         about: dict[str, Any] | None = None,
+        handle_signals: bool = True,
     ):
         self.config = config
         self.journal_dir = journal_dir
         self.about = about or {}
+        self.handle_signals = handle_signals
+        self.stopped_by: str | None = None  # the signal that ended training, on any rank
         self.journal: Journal | None = None
         self.model: Any = None
         self._started = self._last_log = 0.0
@@ -63,6 +70,13 @@ class SeftCallback(TrainerCallback):
     @property
     def seft(self) -> SparseEvolution:
         return self.engine.seft
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        attached = find_attached(self.model) if self.model is not None else None
+        engine = attached.engine if attached is not None else None
+        return engine.seft.last_checkpoint if engine is not None else None
 
     def save_model(self, output_dir: str | Path) -> dict[str, Any]:
         """Write the repaired sparse model; returns its sparsity record. Every rank calls it."""
@@ -87,12 +101,36 @@ class SeftCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.seft.begin(state.max_steps)
+        if self.handle_signals and threading.current_thread() is threading.main_thread():
+            self.seft.stop_request = watch_signals()
         self._started = self._last_log = time.perf_counter()
         if state.is_world_process_zero:
             folder = Path(self.journal_dir or args.output_dir or ".")
             self.journal = Journal(folder / JOURNAL_NAME)
             self.journal.write("run", **self._run_record(args))
             self.seft.listeners.append(self._journal_record)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.seft.stopping and state.global_step < state.max_steps:
+            # One rank may have had the signal; all agreed on it in this step.
+            mine = self.seft.stop_request.name if self.seft.stop_request else None
+            names = [name for name in self.seft.ranks.gather_object(mine) if name]
+            self.stopped_by = f"{names[0]} after step {state.global_step} of {state.max_steps}"
+            control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Seal the checkpoint of a plain Trainer, which writes in place, with a manifest."""
+        seft = self.seft
+        seft.ranks.barrier()  # every rank has written its files
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if seft.ranks.rank == 0 and folder.is_dir() and not (folder / MANIFEST_NAME).is_file():
+            seal(folder, entries_below(folder, {}))
+        if folder.is_dir():
+            seft.last_checkpoint = folder
 
     def on_log(
         self,
@@ -125,7 +163,16 @@ class SeftCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.seft.stop_request is not None:
+            self.seft.stop_request.close()
         self.seft.check()
+        if self.stopped_by:
+            if self.journal is not None:
+                where = str(self.last_checkpoint)
+                self.journal.write(
+                    "stop", step=state.global_step, why=self.stopped_by, checkpoint=where
+                )
+            return
         live, changed = sum(self.seft.live_counts()), sum(self.seft.changed_positions())
         if self.journal is not None:
             self.journal.write(

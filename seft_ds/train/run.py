@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +15,42 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer
 
 from seft_ds.api import attach
+from seft_ds.checkpoint.export import versions
+from seft_ds.checkpoint.manifest import remove_leftovers
 from seft_ds.checkpoint.model import save_model
 from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
+from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
 from seft_ds.distributed.collectives import ProcessRanks
+from seft_ds.distributed.liveness import current_watch
 from seft_ds.report.card import write_model_card
 from seft_ds.report.facts import facts_of
 from seft_ds.report.journal import JOURNAL_NAME, read_journal
 from seft_ds.report.page import write_report
 from seft_ds.targets import Target
-from seft_ds.train.arguments import Arguments, model_dtype
+from seft_ds.train.arguments import Arguments, model_dtype, parse
 from seft_ds.train.callback import SeftCallback
 from seft_ds.train.data import describe_sample, load_rows
+from seft_ds.train.resume import find_checkpoint
+from seft_ds.train.trainer import SparseSFTTrainer
 from seft_ds.zero.initialize import find_attached
 
 CONFIG_NAME = "resolved_config.yaml"
 RECORD_NAME = "sparsity.json"
 
 
-class SparseSFTTrainer(SFTTrainer):
-    """TRL's trainer, whose checkpoints hold SEFT's state instead of a second copy of the model."""
-
-    seft_source = ""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the sparse model. Inside a checkpoint the weights are in the engine's own files."""
-        if not _internal_call:
-            save_model(
-                self.model_wrapped, self.seft_source, output_dir or str(self.args.output_dir)
-            )
-
-
-def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
+def repair(argv: list[str], ranks: ProcessRanks) -> None:
     """Load, train, save, report. Every rank calls it. What can be refused is refused before training."""
+    arguments = all_or_none(ranks, lambda: parse(argv))
     run = arguments.run
-    check_batch_sizes(arguments.deepspeed, ranks.size)
     output = Path(str(run.output_dir))
-    folder = model_folder(arguments.model.model_name_or_path)
-    checkpoint = find_checkpoint(run.resume, output)
-    check_output(output, arguments, folder, checkpoint)
+    folder = all_or_none(ranks, lambda: model_folder(arguments.model.model_name_or_path))
+    check_agreement(arguments, folder, ranks)
+    check_batch_sizes(arguments.deepspeed, ranks.size)
+    checkpoint = find_checkpoint(run.resume, output, ranks)
+    all_or_none(ranks, lambda: check_output(output, arguments, folder, checkpoint))
     train_rows, eval_rows = read_data(arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype = model_dtype(str(folder), arguments.model.dtype)
@@ -67,7 +61,7 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
     check_loaded(targets, folder)
     if run.dry_run:
         run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
-    opening = OpenRun(output, arguments, continues(output, checkpoint), ranks)
+    opening = OpenRun(output, arguments, goes_on(output, checkpoint, run.resume), ranks)
     callback = SeftCallback(journal_dir=output, about=run_facts(arguments))
     trainer = SparseSFTTrainer(
         model=model,
@@ -83,21 +77,40 @@ def repair(arguments: Arguments, ranks: ProcessRanks) -> None:
     if run.dry_run:
         shutil.rmtree(str(run.output_dir), ignore_errors=True)
         return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    current_watch().hint = lambda: how_to_go_on(callback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if callback.stopped_by:
+        if ranks.rank == 0:
+            print(f"stopped by {callback.stopped_by}: {how_to_go_on(callback)}", flush=True)
+        return
     record = save_model(trainer.model_wrapped, folder, output, {"command": " ".join(sys.argv)})
     if ranks.rank == 0:
         finish(output, record)
 
 
-def find_checkpoint(resume: str, output: Path) -> str | None:
-    """The checkpoint that --resume means; None: start from the pruned model."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return get_last_checkpoint(str(output)) if output.is_dir() else None
-    if not Path(resume).is_dir():
-        raise ValueError(f"--resume {resume}: wanted auto, never, or the folder of a checkpoint")
-    return resume
+def how_to_go_on(callback: SeftCallback) -> str:
+    """For the line that a run ends with before its time."""
+    last = callback.last_checkpoint
+    if last is None:
+        return "no checkpoint has been written, so the run starts anew (--save_strategy steps writes some)"
+    return f"the same command with --resume auto goes on from {last}"
+
+
+def check_agreement(arguments: Arguments, folder: Path, ranks: ProcessRanks) -> None:
+    """Were all ranks started with the same command, versions, model and data?
+
+    Raises:
+        ValueError: on every rank, naming what differs and on which ranks.
+    """
+    settings = resolved(arguments)
+    for name in ("local_rank", "logging_dir", "run_name", "use_cpu", "dataloader_pin_memory"):
+        settings["run"].pop(name, None)  # of one process or machine
+    agree(ranks, settings | {"versions": versions()}, "the settings")
+    agree(ranks, all_or_none(ranks, lambda: folder_facts(folder)), f"the files of {folder}")
+    data = arguments.data
+    for file in (data.train_file, data.validation_file):
+        if file:
+            agree(ranks, all_or_none(ranks, partial(file_facts, Path(file))), f"the data {file}")
 
 
 def read_data(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
@@ -113,12 +126,17 @@ def read_data(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
     return rows, held_out
 
 
-def continues(output: Path, checkpoint: str | None) -> bool:
-    """Whether the run in `output` itself goes on."""
-    return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(output.resolve())
+def goes_on(output: Path, checkpoint: Path | None, resume: str) -> bool:
+    """Whether the run in `output` itself goes on: from a checkpoint of its own, or, if it ended before its
+    first one and `--resume auto` was asked for, from the start.
+    """
+    if checkpoint is not None:
+        return checkpoint.resolve().is_relative_to(output.resolve())
+    unfinished = (output / CONFIG_NAME).is_file() and not (output / RECORD_NAME).is_file()
+    return resume == "auto" and unfinished
 
 
-def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: str | None) -> None:
+def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: Path | None) -> None:
     """Refuse to write over what is there, before any time is spent.
 
     Raises:
@@ -126,9 +144,11 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: st
             --overwrite of a run explains it; or it holds what this run reads.
     """
     run, data = arguments.run, arguments.data
+    if not run.dry_run:
+        check_writable(output)
     if run.dry_run or not output.is_dir() or not any(output.iterdir()):
         return
-    if continues(output, checkpoint):
+    if goes_on(output, checkpoint, run.resume):
         return
     if not run.overwrite:
         found = "no checkpoint there to resume from" if run.resume == "auto" else "a run or files"
@@ -149,6 +169,22 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: st
         )
 
 
+def check_writable(output: Path) -> None:
+    """ValueError where the run could not write, such as a read-only mount. Leaves nothing behind."""
+    place = output
+    while not place.exists():  # the folders on the way are made when training begins
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file")
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {output} can't be written to ({error}); give a folder on a file system that can"
+        ) from None
+
+
 class OpenRun(TrainerCallback):
     """Makes the run directory ready when training begins: the engine and the checkpoint are accepted by
     then, so that nothing old is deleted for a run that is refused."""
@@ -165,6 +201,8 @@ class OpenRun(TrainerCallback):
         if self.ranks.rank == 0:
             for old in self.old:
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            if self.output.is_dir():
+                remove_leftovers(self.output)  # of saves that were interrupted
             self.output.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(resolved(self.arguments), sort_keys=False)
             (self.output / CONFIG_NAME).write_text(text)

@@ -1,6 +1,8 @@
 """The DeepSpeed engine extension: after each optimizer step, write through, score, evolve.
 
 `extend(engine, ...)` wraps one engine instance. Per optimizer step:
+0. the ranks agree whether the step is taken (a loss or gradient that isn't finite: skipped and counted)
+   and whether the run is to stop after it;
 1. the engine steps the deltas as ordinary parameters;
 2. the new values are written into the weights that the forward pass uses (only the slots change);
 3. weights in their window close the step's gradient; those whose event is due change their topology;
@@ -12,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +23,12 @@ from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change, EventSettings, plan
 from seft_ds.distributed.selection import gather_lists
+from seft_ds.errors import RunError
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
 from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.attach import AttachedTarget
+from seft_ds.zero.guard import StepGuard, describe_batches
 from seft_ds.zero.weight_state import WeightState
 
 _GATHER_SLOTS = 1 << 24  # slots whose deltas are gathered at a time: bounds the transient memory
@@ -33,7 +38,12 @@ class SparseEvolution:
     """SEFT on one DeepSpeed engine (`engine.seft`). Every public method is a collective."""
 
     def __init__(
-        self, engine: Any, attached: list[AttachedTarget], config: SeftConfig, ranks: Ranks
+        self,
+        engine: Any,
+        attached: list[AttachedTarget],
+        config: SeftConfig,
+        ranks: Ranks,
+        fingerprints: dict[str, str] | None = None,
     ):
         self.engine = engine
         self.config = config
@@ -48,6 +58,15 @@ class SparseEvolution:
         self.step = 0  # optimizer steps taken
         self.schedule: Schedule | None = None
         self.resumed_total_steps: int | None = None  # of the run that a checkpoint continues
+        self.base_fingerprints = fingerprints or {}  # of the model that the run started from
+        self.guard = StepGuard(self.states, ranks)
+        self.stopping = False  # the ranks agreed to stop after the step just taken
+        self.stop_request: Any = None  # with an attribute `requested`, such as signals.StopRequest
+        self.skipped_in_a_row = 0
+        self.skipped_steps = 0
+        self.last_checkpoint: Path | None = (
+            None  # the newest that this run wrote or was loaded from
+        )
         self.listeners: list[Callable[[dict], None]] = []  # called with each journal record
         self.n_events = 0
         self.event_seconds = 0.0
@@ -91,13 +110,20 @@ class SparseEvolution:
 
     # One optimizer step, from the engine's point of view.
 
-    def before_step(self) -> float | None:
-        """The gradient norm where DeepSpeed won't report it (ZeRO-0, fp32, clipping on)."""
+    def before_step(self) -> bool:
+        """Whether the step is taken: agreed by one small sum over the ranks, which is also a host sync."""
         if self.schedule is None:
             raise ValueError(
                 'SEFT doesn\'t know how many steps the run has: set "total_steps" in the "seft" block, or '
                 "call engine.seft.begin(total_steps) before training"
             )
+        wants_stop = self.stop_request is not None and self.stop_request.requested
+        bad, stop = self.guard.agree(wants_stop)
+        self.stopping = stop
+        return not bad
+
+    def fp32_norm(self) -> float | None:
+        """The gradient norm where DeepSpeed won't report it (ZeRO-0, fp32, clipping on)."""
         if self.engine.get_global_grad_norm() is None and optimizer_state.is_replicated(
             self.engine
         ):
@@ -117,9 +143,32 @@ class SparseEvolution:
                 state.window.discard_step() if scale is None else state.window.finish_step(scale)
         self._evolve(due, deltas)
         self._open_windows()
+        self._count_skipped(applied)
         if self.states[0].live_bits.is_cuda:
             # The next forward gathers the weights on a stream of DeepSpeed's own.
             torch.cuda.current_stream().synchronize()
+
+    def _count_skipped(self, applied: bool) -> None:
+        """Count steps that were not taken; RunError, on every rank, after too many in a row."""
+        batches = self.guard.bad_batches()
+        self.guard.reset()
+        if applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        self._tell(kind="skipped", in_a_row=self.skipped_in_a_row, batches=batches)
+        limit = self.config.max_skipped_steps
+        if self.skipped_in_a_row <= limit:
+            return
+        where = f"the last good checkpoint is {self.last_checkpoint}"
+        raise RunError(
+            f"the loss or its gradient was not finite at step {self.step}, {self.skipped_in_a_row} steps in "
+            f"a row (max_skipped_steps is {limit}); {describe_batches(batches)}. The weights are those "
+            f"after step {self.step - self.skipped_in_a_row}; "
+            + (where if self.last_checkpoint else "no checkpoint has been written")
+            + ". Look at these rows of the data, or lower the learning rate"
+        )
 
     def _open_windows(self) -> None:
         assert self.schedule is not None
@@ -336,18 +385,27 @@ class SparseEvolution:
 
 
 def extend(
-    engine: Any, attached: list[AttachedTarget], config: SeftConfig, ranks: Ranks
+    engine: Any,
+    attached: list[AttachedTarget],
+    config: SeftConfig,
+    ranks: Ranks,
+    fingerprints: dict[str, str] | None = None,
 ) -> SparseEvolution:
     """Make a DeepSpeed engine run SEFT, in place; also reachable as `engine.seft`."""
     _refuse_untested(engine, attached)
-    seft = SparseEvolution(engine, attached, config, ranks)
+    seft = SparseEvolution(engine, attached, config, ranks, fingerprints)
     engine.seft = seft
+    seft.guard.watch(engine)
     take_step = engine._take_model_step
 
     def step_and_evolve(lr_kwargs: Any) -> None:
-        fp32_norm, lr = seft.before_step(), seft.lr
-        take_step(lr_kwargs)
-        seft.after_step(engine.was_step_applied(), fp32_norm, lr)
+        taken = seft.before_step()
+        fp32_norm, lr = (seft.fp32_norm() if taken else None), seft.lr
+        if taken:
+            take_step(lr_kwargs)
+        else:
+            optimizer_state.skip_step(engine, take_step, lr_kwargs)
+        seft.after_step(taken and engine.was_step_applied(), fp32_norm, lr)
 
     engine._take_model_step = step_and_evolve
     return seft

@@ -11,10 +11,12 @@ import deepspeed
 from torch import nn
 
 from seft_ds.config import SeftConfig
+from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import Ranks, init_ranks
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.zero.attach import AttachedTarget, attach_slots
 from seft_ds.zero.engine import extend
+from seft_ds.zero.fingerprint import model_fingerprints
 
 _ATTACHED = "seft_attached"
 
@@ -28,6 +30,7 @@ class Attached:
     ranks: Ranks
     source_dir: str  # the pruned model's folder
     on_engine: list[Callable[[Any], None]]  # called with the engine once it runs SEFT
+    fingerprints: dict[str, str]  # of every weight of the pruned model
     engine: Any = None
 
 
@@ -38,9 +41,13 @@ def attach_model(
     if find_attached(model) is not None:
         raise ValueError("this model has SEFT slots already: attach it once")
     ranks = init_ranks()
+    agree(ranks, config.model_dump(), 'the "seft" settings')
     targets = attach_slots(model, config, ranks)
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    attached = Attached(targets, config, ranks, source, on_engine)
+    frozen = {n: p for n, p in model.named_parameters() if not n.endswith((DELTA, POSITION))}
+    attached = Attached(
+        targets, config, ranks, source, on_engine, model_fingerprints(frozen, ranks)
+    )
     setattr(model, _ATTACHED, attached)
     _keep_inputs_differentiable(model)
     # A saved model holds the effective weights; the slots are ours and no part of it.
@@ -99,7 +106,7 @@ def _watch_deepspeed_initialize() -> None:
         attached = find_attached(engine.module)
         # An engine without an optimizer (evaluation before training) has nothing to evolve.
         if attached is not None and hasattr(engine.optimizer, "param_groups"):
-            extend(engine, attached.targets, attached.config, attached.ranks)
+            extend(engine, attached.targets, attached.config, attached.ranks, attached.fingerprints)
             attached.engine = engine
             for call in attached.on_engine:
                 call(engine)

@@ -13,6 +13,7 @@ DeepSpeed keeps them in flat buffers (read in DeepSpeed 0.19.8):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,37 @@ class SlotShard:
         if name not in state:
             return None
         return state[name].view(-1)[self.offset : self.offset + self.hi - self.lo]
+
+    def moment_names(self) -> list[str]:
+        """What the optimizer keeps per slot, sorted; empty before the first step."""
+        state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
+        return sorted(n for n, x in state.items() if torch.is_tensor(x) and x.dim())
+
+    def steps(self) -> float | None:
+        """The optimizer's own count of steps, which bias correction needs; None before the first."""
+        state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
+        return float(state["step"]) if "step" in state else None
+
+    def prepare(self, names: list[str], steps: float) -> None:
+        """Make room for moments in an optimizer that may not have stepped yet, as its first step would."""
+        if self.flat is None:
+            return
+        state = self.optimizer.state[self.flat]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(self.flat.data)
+        if "step" in state and torch.is_tensor(state["step"]):
+            state["step"].fill_(steps)
+            return
+        group = self.optimizer.param_groups[0]
+        on_device = group.get("fused") or group.get("capturable")
+        device = self.flat.device if on_device else torch.device("cpu")
+        state["step"] = torch.tensor(steps, dtype=torch.float32, device=device)
+
+    def forget(self) -> None:
+        """Drop the moments: the checkpoint that is loaded was made before the first step."""
+        if self.flat is not None:
+            self.optimizer.state.pop(self.flat, None)
 
 
 def is_replicated(engine: Any) -> bool:
@@ -117,3 +149,41 @@ def gradient_scale(engine: Any, fp32_norm: float | None) -> float | None:
     if not torch.isfinite(torch.tensor(norm)):
         return None
     return mean / max(1.0, (norm + 1e-6) / limit)
+
+
+def skip_step(engine: Any, take_step: Callable[[Any], None], lr_kwargs: Any) -> None:
+    """Have DeepSpeed go through a step whose gradients are not finite without changing anything.
+
+    DeepSpeed clears its gradient buffers inside its step, in a way of its own for each stage, and skips
+    by itself only in some of them. So its step runs, with an inner optimizer and a scheduler that don't.
+    """
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    step, scheduler, skipped = inner.step, engine.lr_scheduler, engine.skipped_steps
+    inner.step = lambda *args, **kwargs: None
+    engine.lr_scheduler = None
+    try:
+        take_step(lr_kwargs)
+    finally:
+        inner.step, engine.lr_scheduler = step, scheduler
+    engine._step_applied = False
+    engine.skipped_steps = skipped + 1
+
+
+def hyperparameters(engine: Any) -> list[dict[str, Any]]:
+    """The learning rate and its like of each parameter group, as plain numbers."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [
+        {k: v.item() if torch.is_tensor(v) else v for k, v in group.items() if k != "params"}
+        for group in inner.param_groups
+    ]
+
+
+def set_hyperparameters(engine: Any, groups: list[dict[str, Any]]) -> None:
+    """Put back what `hyperparameters` gave. Groups that this run doesn't have are left out."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group, saved in zip(inner.param_groups, groups, strict=False):
+        for name, value in saved.items():
+            if torch.is_tensor(group.get(name)):
+                group[name].fill_(value)
+            else:
+                group[name] = value

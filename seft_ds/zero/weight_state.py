@@ -63,9 +63,13 @@ class WeightState:
         self.live_bits = attached.live_bits.to(held.device)
         self.start_bits = self.live_bits.clone()
         self.slots = self._first_slots()
+        # Owned positions whose value may differ from the model that the run started from.
+        self.touched_bits = torch.zeros_like(self.live_bits)
+        self.touch(self.slots.position)
         self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
         self.window: Window | None = None
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
+        self.not_finite = torch.zeros((), dtype=torch.bool, device=held.device)  # set in backward
 
     def _first_slots(self) -> SlotTable:
         position = shards.gather_whole(self.position, self.ranks).long().to(self.live_bits.device)
@@ -84,11 +88,16 @@ class WeightState:
             table.base[rows] = values[table.position[rows] - begin]
         return table
 
-    def _known(self, position: torch.Tensor) -> torch.Tensor:
-        """Bool: positions whose slots this rank keeps in its table (held, or owned)."""
+    @property
+    def known_range(self) -> tuple[int, int]:
+        """The positions [lo, hi) whose slots this rank keeps in its table (held, or owned)."""
         lo, hi = self.held_lo, self.held_hi
         if self.hi > self.lo:
             lo, hi = (min(lo, self.lo), max(hi, self.hi)) if hi > lo else (self.lo, self.hi)
+        return lo, hi
+
+    def _known(self, position: torch.Tensor) -> torch.Tensor:
+        lo, hi = self.known_range
         return (position >= lo) & (position < hi)
 
     # What SeftLinear asks for.
@@ -106,6 +115,11 @@ class WeightState:
         rows = self.slots.between(lo, lo + values.numel())
         new = self.slots.base[rows].float() + delta[self.slots.slot[rows]]
         values[self.slots.position[rows] - lo] = new.to(values.dtype)
+
+    def touch(self, position: torch.Tensor) -> None:
+        """Note that the weight may change at `position` (k,), distinct; others' positions are skipped."""
+        mine = position[(position >= self.lo) & (position < self.hi)]
+        mask.put(self.touched_bits, mine - self.lo, True)
 
     def live(self) -> torch.Tensor:
         """Bool (hi - lo,): the live mask of the owned positions."""
@@ -137,6 +151,8 @@ class WeightState:
         """Carry out a planned change on this rank: mask, weight, slots, optimizer. No collective."""
         assert self.window is not None
         self._update_mask(change)
+        self.touch(change.fresh)
+        self.touch(change.pruned)
         leaving = torch.isin(self.slots.position, change.released)
         gone = self.slots.take(leaving.nonzero().squeeze(1))
         fold = change.folded[torch.searchsorted(change.released, gone.position)]

@@ -12,6 +12,7 @@ class Runtime:
 
     def __init__(self, sink=None):
         self.sink = sink
+        self.not_finite = torch.zeros((), dtype=torch.bool)
 
     def open_window(self):
         return self.sink

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from seft_ds.checkpoint.manifest import seal
 from seft_ds.checkpoint.pruned import save_pruned
 from seft_ds.checkpoint.verify import verify
 from tests.ranks import free_port
@@ -204,6 +205,7 @@ def kept(folder: Path) -> dict[str, bytes]:
 def test_a_refused_run_deletes_nothing(home: Path, flags: list[str], said: str) -> None:
     for name in ("done", "photos", "other/checkpoint-6"):
         (home / name).mkdir(parents=True, exist_ok=True)
+    seal(home / "other/checkpoint-6", {})
     (home / "done/journal.jsonl").write_text("precious\n")
     (home / "done/model.safetensors").write_text("precious too")
     (home / "photos/cat.jpg").write_text("meow")

@@ -1,0 +1,86 @@
+"""console.run: what ends a launch script, in how many lines, with which status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from seft_ds import console
+from seft_ds.errors import RunError
+
+
+def in_fork(folder: Path, work: Callable[[], int], **environment: str) -> tuple[int, str]:
+    """Exit status of `work` in a forked process, and what it wrote to stderr."""
+    path = folder / "stderr"
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        status = 70
+        try:
+            status = work()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            status = 1
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), path.read_text()
+
+
+def failing(error: BaseException, *hooks: Callable[[BaseException], str | None]):
+    """A script that raises `error`, run with `hooks`."""
+
+    def main() -> None:
+        raise error
+
+    def work() -> int:
+        console.on_failure[:] = hooks
+        return console.run(main)
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [(ValueError("give\n another  folder"), 2), (RunError("give\n another  folder"), 1)],
+)
+@pytest.mark.parametrize(
+    "rank, local, line",
+    [
+        ("0", "0", "error: give another folder\n"),
+        ("2", "0", "error on rank 2: give another folder\n"),
+        ("1", "1", ""),
+    ],
+)
+def test_what_users_can_act_on_is_one_line_a_machine(tmp_path, error, status, rank, local, line):
+    assert in_fork(tmp_path, failing(error), RANK=rank, LOCAL_RANK=local) == (status, line)
+
+
+def test_the_peers_hear_of_an_error_first(tmp_path):
+    def hook(error: BaseException) -> None:
+        print(f"told: {error}", file=sys.stderr)
+
+    status, text = in_fork(tmp_path, failing(ValueError("no file"), hook), RANK="0")
+    assert (status, text) == (2, "told: no file\nerror: no file\n")
+
+
+def test_an_error_of_our_own_keeps_its_traceback(tmp_path):
+    status, text = in_fork(tmp_path, failing(KeyError("slot"), lambda error: None), RANK="0")
+    assert status == 1 and "Traceback" in text and text.endswith("KeyError: 'slot'\n")
+
+
+def test_the_loss_of_a_peer_is_one_line_without_traceback(tmp_path):
+    work = failing(
+        RuntimeError("Connection closed"), lambda _: None, lambda _: "rank 1 died; resume"
+    )
+    assert in_fork(tmp_path, work, RANK="3") == (1, "\nerror on rank 3: rank 1 died; resume\n")
+
+
+def test_a_script_that_works_returns_0():
+    assert console.run(lambda: None) == 0

@@ -1,0 +1,137 @@
+"""seft_ds/signals.py: processes that get real signals, one of them stuck in C for good."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from seft_ds.signals import BURST_S, watch_signals
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST = "stopping after this step; once more exits at once"
+# A mutex that its own thread locks twice: the wait in C goes on after every signal, as a collective's does.
+STUCK = """
+import ctypes
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+print("ready", flush=True)
+lock(mutex)
+"""
+STEPS = """
+import time
+print("ready", flush=True)
+while not stop.requested:
+    time.sleep(0.01)
+time.sleep(0.5)
+print(stop.name, stop.signum, flush=True)
+"""
+WATCH = "from seft_ds.signals import watch_signals\nstop = watch_signals()\n"
+
+
+def started(script: str) -> subprocess.Popen:
+    """A process that runs `script` and has come to its "ready"."""
+    command = [sys.executable, "-c", script]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_asks_and_a_burst_is_one_wish(number):
+    process = started(WATCH + STEPS)
+    for _ in range(3):  # as DeepSpeed's launcher and Slurm do it
+        process.send_signal(number)
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0, err
+    assert out == f"{number.name} {int(number)}\n"
+    assert err == f"\n{number.name}: {FIRST}\n"
+
+
+def test_the_second_signal_ends_a_process_that_is_stuck_in_c():
+    process = started(WATCH + STUCK)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(BURST_S + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    _, err = process.communicate(timeout=10)
+    assert time.monotonic() - sent < 1
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == f"\nSIGUSR1: {FIRST}\n\nSIGTERM again: exiting at once\n"
+
+
+def test_a_python_handler_would_not_end_it():
+    """The test above is worth something: the stuck thread never comes to its handlers."""
+    handler = "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n"
+    process = started(handler + STUCK)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=1)
+    process.kill()
+    process.communicate()
+
+
+def test_close_gives_the_signals_back():
+    came: list[int] = []
+    former = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    try:
+        handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+        stop = watch_signals()
+        with pytest.raises(ValueError, match="watched already"):
+            watch_signals()
+        assert not stop.requested and stop.name is None
+        stop.close()
+        stop.close()
+        assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+        assert signal.set_wakeup_fd(-1) == -1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert came == [signal.SIGUSR1] and not stop.requested
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    until = time.monotonic() + 5
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_only_the_main_thread_may_watch():
+    errors: list[Exception] = []
+
+    def body() -> None:
+        try:
+            watch_signals()
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(errors[0])
+
+
+def test_a_forked_child_dies_of_its_signal_and_the_parent_hears_nothing():
+    script = """
+import os, signal, time
+print("ready", flush=True)
+child = os.fork()
+if child == 0:
+    time.sleep(30)
+    os._exit(0)
+os.kill(child, signal.SIGTERM)
+_, status = os.waitpid(child, 0)
+time.sleep(0.2)
+print(os.WTERMSIG(status), stop.requested)
+"""
+    process = started(WATCH + script)  # the child gets its signal before it runs any Python
+    out, err = process.communicate(timeout=10)
+    assert (out, err) == (f"{int(signal.SIGTERM)} False\n", "")
