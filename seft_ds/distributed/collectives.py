@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from seft_ds.distributed.extension_lock import clear_stale_locks
+
 from seft_ds.distributed.liveness import current_watch
 
 
@@ -122,6 +124,7 @@ def init_ranks() -> ProcessRanks:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         import deepspeed
 
+        clear_stale_locks()  # initialising loads an extension
         deepspeed.init_distributed(auto_mpi_discovery=False)
     return ProcessRanks()
 

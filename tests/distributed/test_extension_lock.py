@@ -1,0 +1,30 @@
+"""Locks of dead makers go, those of live ones and young ones stay."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from seft_ds.distributed.extension_lock import STALE_S, clear_stale_locks
+
+
+def test_only_a_dead_makers_lock_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    locks = [tmp_path / name / "lock" for name in ("dead", "live", "young", "py311_cpu/deep")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        old = time.time() - STALE_S - 10
+        if lock.parent.name != "young":
+            os.utime(lock, (old, old))
+    other = tmp_path / "dead" / "module.so"
+    other.touch()
+    with open(tmp_path / "live" / "lock"):
+        assert sorted(clear_stale_locks()) == sorted([locks[0], locks[3]])
+    assert [lock.exists() for lock in locks] == [False, True, True, False]
+    assert other.exists()

@@ -1,0 +1,178 @@
+"""`launch/finetune.py` when something stops it: a signal, a killed rank, ranks started with different settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from seft_ds.checkpoint.manifest import checkpoints_in, find_problems
+from tests.ranks import free_port
+from tests.train.test_finetune import BIN, ROOT, make_models
+
+FLAGS = [
+    "--model_name_or_path", "pruned", "--train_file", "text.txt", "--max_steps", "14",
+    "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--packing", "true",
+    "--packing_strategy", "wrapped", "--logging_steps", "1", "--save_strategy", "steps",
+    "--save_steps", "5", "--save_total_limit", "2", "--seft.interval", "4", "--seft.window", "2",
+    "--seft.density", "0.05", "--max_length", "16", "--deepspeed", str(ROOT / "ds_configs/zero3.json"),
+]  # fmt: skip
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupted")
+    make_models(folder)
+    return folder
+
+
+def launched(home: Path, *flags: str) -> subprocess.Popen:
+    """Two ranks under DeepSpeed's launcher."""
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    return popen(home, [*launcher, str(ROOT / "launch/finetune.py"), *FLAGS, *flags], ENV)
+
+
+def bare(home: Path, *flags: list[str]) -> list[subprocess.Popen]:
+    """Two ranks as srun starts them, nobody above them; flags: of each rank."""
+    port = str(free_port())
+    ranks = []
+    for rank, own in enumerate(flags):
+        env = ENV | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, str(ROOT / "launch/finetune.py"), *FLAGS, *own]
+        ranks.append(popen(home, command, env))
+    return ranks
+
+
+def popen(home: Path, command: list[str], env: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(run: Path, step: int, running: subprocess.Popen) -> None:
+    """Until the journal has a step of that number."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and running.poll() is None:
+        if (run / "journal.jsonl").is_file():
+            for line in (run / "journal.jsonl").read_text().splitlines():
+                if '"kind": "step"' in line and json.loads(line)["step"] >= step:
+                    return
+        time.sleep(0.01)
+    raise AssertionError(running.communicate()[0])
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks below DeepSpeed's launcher, by rank."""
+    import psutil
+
+    found = {}
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        line = child.cmdline()
+        if f"--local_rank={0}" in line or f"--local_rank={1}" in line:
+            if "launcher" not in " ".join(line) and "finetune.py" in " ".join(line):
+                found[line[line.index(next(x for x in line if "--local_rank=" in x))]] = child.pid
+    return [found[name] for name in sorted(found)]
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = model(a), model(b)
+    return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+
+
+def steps_of(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a journal; of repeated steps the last one stands."""
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    return sorted({r["step"]: r["loss"] for r in lines if r["kind"] == "step"}.items())
+
+
+@pytest.fixture(scope="module")
+def unbroken(home: Path) -> Path:
+    running = launched(home, "--output_dir", "unbroken")
+    said = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, said
+    return home / "unbroken"
+
+
+@pytest.mark.timeout(600)
+def test_a_signal_to_one_rank_stops_all_and_resume_goes_on(home: Path, unbroken: Path) -> None:
+    running = launched(home, "--output_dir", "signalled", "--resume", "auto")
+    wait_for_step(home / "signalled", 2, running)
+    os.kill(ranks_of(running)[1], signal.SIGUSR1)
+    said = running.communicate(timeout=120)[0]
+    assert running.returncode == 0, said
+    assert "stopped by SIGUSR1 after step" in said and "--resume auto goes on from" in said
+    run = home / "signalled"
+    [newest, *_] = checkpoints_in(run)
+    assert find_problems(newest) == [] and not (run / "model.safetensors").exists()
+    running = launched(home, "--output_dir", "signalled", "--resume", "auto")
+    said = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, said
+    assert same(run, unbroken)
+    assert steps_of(run) == steps_of(unbroken)
+    assert len(checkpoints_in(run)) == 2  # save_total_limit
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_rank_is_named_and_the_run_goes_on(home: Path, unbroken: Path) -> None:
+    """Killed after a checkpoint that is then damaged, so that the one before it has to serve."""
+    running = bare(home, *[["--output_dir", "killed", "--resume", "auto"]] * 2)
+    wait_for_step(home / "killed", 11, running[0])
+    os.kill(running[1].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    said = running[0].communicate(timeout=60)[0]
+    took = time.monotonic() - killed
+    assert running[0].returncode == 1, said
+    assert f"rank 1 (pid {running[1].pid} on" in said and "Traceback" not in said, said
+    assert "--resume auto goes on from" in said
+    assert took < 20, took
+    run = home / "killed"
+    newest, before = checkpoints_in(run)[:2]
+    file = next(newest.rglob("rank-00001*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    again = bare(home, *[["--output_dir", "killed", "--resume", "auto"]] * 2)
+    said = again[0].communicate(timeout=300)[0]
+    assert again[0].returncode == 0, said
+    assert again[1].wait(60) == 0
+    assert f"{newest.name} is damaged" in said and f"resuming from killed/{before.name}" in said
+    assert same(run, unbroken) and steps_of(run) == steps_of(unbroken)
+
+
+@pytest.mark.timeout(600)
+def test_ranks_started_differently_are_told_before_any_step(home: Path) -> None:
+    running = bare(home, ["--output_dir", "a"], ["--output_dir", "a", "--seft.window", "3"])
+    said = [r.communicate(timeout=120)[0] for r in running]
+    assert [r.returncode for r in running] == [2, 2], said
+    assert "the ranks disagree on the settings" in said[0]
+    assert "seft.window is 2 on rank 0 and 3 on rank 1" in said[0]
+    assert not (home / "a").exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(home: Path) -> None:
+    """--resume auto in a job script must not need a hand; a finished run's model is not touched."""
+    from seft_ds.train.run import goes_on
+
+    run = home / "early"
+    run.mkdir()
+    (run / "resolved_config.yaml").write_text("{}")
+    assert goes_on(run, None, "auto") and not goes_on(run, None, "never")
+    (run / "sparsity.json").write_text("{}")
+    assert not goes_on(run, None, "auto")
