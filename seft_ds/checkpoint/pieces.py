@@ -48,7 +48,7 @@ class Pieces:
     def touched(self, i: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(positions, effective weights) that may differ from the base model's within [lo, hi)."""
         positions, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=self.dtype)]
-        for rank, begin, end in self._overlaps(self.meta.positions(i), lo, hi):
+        for rank, begin, _ in self._overlaps(self.meta.positions(i), lo, hi):
             at = self._bits(rank, i, "touched_bits").nonzero().squeeze(1) + begin
             value = self._tensor(rank, f"{i}.touched_values", self.dtype, at.numel())
             inside = (at >= lo) & (at < hi)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from seft_ds.distributed.extension_lock import clear_stale_locks
-
 from seft_ds.distributed.liveness import current_watch
 
 

@@ -114,6 +114,39 @@ def test_a_reference_is_smaller_and_knows_its_base(home: Path, tmp_path: Path) -
     assert verify(tmp_path / "out").ok
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_is_as_predicted(home: Path, kind: str) -> None:
+    from safetensors import safe_open
+
+    from seft_ds.checkpoint.layout import read_meta
+    from seft_ds.checkpoint.size import checkpoint_bytes
+
+    tag = home / kind / "here"
+    meta = read_meta(tag)
+    found: dict[str, int] = {}
+    for path in tag.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = name if name.startswith("other.") else name.split(".", 1)[1]
+                found[part] = found.get(part, 0) + file.get_tensor(name).nbytes
+    found.pop("fresh_slots", None)  # a few, between an event and the next step
+    targets = [t.target() for t in meta.targets]
+    entries = sum(t.numel for t in targets)
+    width = getattr(torch, meta.dtype).itemsize
+    is_open = [s is not None for s in meta.window_steps]
+    predicted = checkpoint_bytes(
+        targets,
+        sum(o.numel * getattr(torch, o.dtype).itemsize for o in meta.others),
+        width,
+        meta.base,
+        found.get("touched_values", 0) / width / entries,
+        sum(t.numel for t, yes in zip(targets, is_open, strict=True) if yes) / entries,
+    )
+    rounding = 3 * len(targets) * meta.ranks  # each mask of each rank ends in a whole byte
+    assert 0 <= sum(found.values()) - sum(predicted.values()) <= rounding
+    assert any(is_open) and meta.moments == ["exp_avg", "exp_avg_sq"]
+
+
 def test_deepspeeds_own_recovery_finds_nothing_to_misread(home: Path, tmp_path: Path) -> None:
     """zero_to_fp32 would rebuild weights without knowing what is dead: nothing there is in its format."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict

@@ -132,9 +132,9 @@ def write(path: Path, text: str) -> None:
     draft.rename(path)
 
 
-def watched(ranks: Any, folder: Path) -> Watch:
+def watched(ranks: Any, folder: Path, grace_s: float = GRACE_S) -> Watch:
     """A watch over `ranks` that writes down when it notices a loss."""
-    watch = watch_peers(ranks, GRACE_S)
+    watch = watch_peers(ranks, grace_s)
 
     def note() -> None:
         watch._noticed.wait()
@@ -437,10 +437,11 @@ def all_reduce_for_ever(ranks: FileRanks, folder: Path) -> None:
 
     def main() -> None:
         torch.set_num_threads(1)
-        place = f"tcp://127.0.0.1:{(folder / 'port').read_text()}"
+        port, grace_s = (folder / "settings").read_text().split()
+        place = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=place, rank=ranks.rank, world_size=ranks.size)
         mine = ProcessRanks()
-        watched(mine, folder)
+        watched(mine, folder, float(grace_s))
         while True:
             mine.sum_(torch.ones(10))
             if mine.rank == 1 and (folder / "fail").exists():
@@ -450,11 +451,11 @@ def all_reduce_for_ever(ranks: FileRanks, folder: Path) -> None:
 
 
 def test_in_a_script_gloo_fails_at_once_and_the_cause_is_told(tmp_path, start):
-    (tmp_path / "port").write_text(str(free_port()))
+    (tmp_path / "settings").write_text(f"{free_port()} 60")
     run = start(3, all_reduce_for_ever)
     run.ready()
     killed = run.kill(1)
-    assert run.end(GRACE_S + 2) == [1, -signal.SIGKILL, 1]
+    assert run.end(5) == [1, -signal.SIGKILL, 1]
     print(f"all ended after {time.time() - killed:.2f} s")
     for rank in (0, 2):
         loss = f"{run.name(1)} died: its connection closed"
@@ -463,7 +464,7 @@ def test_in_a_script_gloo_fails_at_once_and_the_cause_is_told(tmp_path, start):
 
 
 def test_in_a_script_an_error_is_told_to_the_others(tmp_path, start):
-    (tmp_path / "port").write_text(str(free_port()))
+    (tmp_path / "settings").write_text(f"{free_port()} {GRACE_S}")
     run = start(3, all_reduce_for_ever)
     run.ready()
     (tmp_path / "fail").touch()

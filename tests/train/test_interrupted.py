@@ -1,4 +1,4 @@
-"""`launch/finetune.py` when something stops it: a signal, a killed rank, ranks started with different settings."""
+"""`launch/finetune.py` stopped by a signal, by a killed rank, by ranks that were started differently."""
 
 from __future__ import annotations
 
@@ -78,11 +78,10 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
-        line = child.cmdline()
-        if f"--local_rank={0}" in line or f"--local_rank={1}" in line:
-            if "launcher" not in " ".join(line) and "finetune.py" in " ".join(line):
-                found[line[line.index(next(x for x in line if "--local_rank=" in x))]] = child.pid
-    return [found[name] for name in sorted(found)]
+        for flag in child.cmdline():
+            if flag.startswith("--local_rank="):
+                found[int(flag.removeprefix("--local_rank="))] = child.pid
+    return [found[rank] for rank in sorted(found)]
 
 
 def model(folder: Path) -> dict[str, torch.Tensor]:

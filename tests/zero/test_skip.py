@@ -1,4 +1,4 @@
-"""A loss or gradient that isn't finite: the step is skipped on every rank and counted; too many stop the run."""
+"""A loss or gradient that isn't finite: the step is skipped everywhere and counted; too many stop the run."""
 
 from __future__ import annotations
 
