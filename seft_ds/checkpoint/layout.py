@@ -98,6 +98,7 @@ class CheckpointMeta(_Plain):
     moments: list[str]
     optimizer_steps: float | None
     window_steps: list[int | None]  # of each target's open window; None: not open
+    target_events: list[int]  # that each target has had
     source_dir: str
     config: dict[str, Any]
     n_events: int = Count
@@ -120,6 +121,8 @@ class CheckpointMeta(_Plain):
             return f"slot_ranges of {len(self.slot_ranges)} ranks, wanted {self.ranks}"
         if len(self.window_steps) != len(self.targets):
             return f"window_steps of {len(self.window_steps)} targets, wanted {len(self.targets)}"
+        if len(self.target_events) != len(self.targets) or min(self.target_events) < 0:
+            return f"target_events {self.target_events[:3]}, wanted a count for each target"
         for target in self.targets:
             if min(target.shape) < 1 or target.target_live > target.shape[0] * target.shape[1]:
                 return f"{target.name}: shape {target.shape}, {target.target_live} live"

@@ -184,6 +184,7 @@ def _meta(
             (steps[0] if steps else float(seft.step - seft.skipped_steps)) if moments else None
         ),
         window_steps=[s.window.steps if s.window is not None else None for s in seft.states],
+        target_events=[s.n_events for s in seft.states],
         source_dir=source_dir,
         config=seft.config.model_dump(),
         n_events=seft.n_events,
@@ -242,6 +243,7 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
         _restore_masks(state, pieces, i)
         _restore_window(state, pieces, i, meta.window_steps[i])
         _restore_optimizer(state, pieces, i, meta)
+        state.n_events = meta.target_events[i]
     _restore_buffers(seft, pieces, meta)
     _restore_engine(seft.engine, engine_state)
     seft.step = meta.step

@@ -275,6 +275,8 @@ class SparseEvolution:
         for i in ready:
             rate = self.schedule.rate(i, self.step)
             assert rate is not None
+            if self.schedule.replace_all_first and not self.states[i].n_events:
+                rate = 1.0  # every step of its first window was skipped: this is its first event
             groups.setdefault(rate, []).append(i)
         return groups
 

@@ -68,6 +68,7 @@ class WeightState:
         self.touch(self.slots.position)
         self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
         self.window: Window | None = None
+        self.n_events = 0
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
         self.not_finite = torch.zeros((), dtype=torch.bool, device=held.device)  # set in backward
 
@@ -161,6 +162,7 @@ class WeightState:
         self._replace_slots(change, ~leaving)
         self._reset_master(change, self.window.steps)
         self._move_positions(change)
+        self.n_events += 1
         self.fresh_slots = change.released_slot
         self.window = None
 

@@ -135,3 +135,22 @@ def test_too_many_in_a_row_stop_the_run_and_say_where(tmp_path: Any) -> None:
         assert text in first and text in second
     assert "those after step 4" in first and f"{tmp_path}/good" in first
     assert "no checkpoint has been written" in second
+
+
+def first_window_lost() -> list[int]:
+    """Slots that the first event of each weight dropped, its whole window having been skipped."""
+    engine = start(2, False, 0.0, start="gradient", waves=False, interval=4, window=2, stop=1.0)
+    dropped: list[int] = []
+    engine.seft.listeners.append(
+        lambda r: dropped.append(r["dropped"] / r["slots"]) if r["kind"] == "event" else None
+    )
+    for step in range(8):
+        one_step(engine, step, "loss" if step < 2 else "")
+    engine.seft.check()
+    return dropped
+
+
+def test_a_first_event_whose_window_was_lost_is_made_up_for() -> None:
+    """`start: gradient` replaces every slot in its first event, though the window before it was bad."""
+    dropped = run_processes(2, first_window_lost)[0]
+    assert len(dropped) == 28 and dropped[:14] == [1.0] * 14 and max(dropped[14:]) < 0.5
