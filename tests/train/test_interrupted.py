@@ -18,7 +18,7 @@ from tests.ranks import free_port
 from tests.train.test_finetune import BIN, ROOT, make_models
 
 FLAGS = [
-    "--model_name_or_path", "pruned", "--train_file", "text.txt", "--max_steps", "14",
+    "--model_name_or_path", "pruned", "--train_file", "text.txt", "--max_steps", "18",
     "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--packing", "true",
     "--packing_strategy", "wrapped", "--logging_steps", "1", "--save_strategy", "steps",
     "--save_steps", "5", "--save_total_limit", "2", "--seft.interval", "4", "--seft.window", "2",
