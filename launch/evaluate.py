@@ -102,10 +102,12 @@ def evaluate(options: EvaluateArguments) -> None:
     from seft_ds.evaluate.perplexity import write_json
 
     manager = None if options.tasks is None else known_tasks(options)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ranks = init_ranks()
     watch_peers(ranks)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(options.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype(options.dtype), trust_remote_code=False
+    )
     model = model.to(device).eval()
     check_length(options.max_length, model)
     dtype = str(model.dtype).removeprefix("torch.")

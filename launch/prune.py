@@ -175,12 +175,14 @@ def prune(options: PruneArguments) -> None:
     watch_peers(ranks)
     first = ranks.rank == 0
     start = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(options.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype(options.dtype), trust_remote_code=False
+    )
     model = model.to(device)
     if options.method == "magnitude":
         targets = prune_by_magnitude(model, budget, progress=first)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         longest = int(getattr(model.config, "max_position_embeddings", options.max_length))
         tokens = calibration(options, tokenizer, longest)
         targets = prune_by_wanda(model, budget, tokens, ranks, progress=first)

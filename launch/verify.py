@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.verify import TargetCheck, VerifyResult, verify
+from seft_ds.json_file import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = verify(options.directory)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), 2000)}", file=sys.stderr)
         return 2
     print(table(result.targets, every=options.all))
     for problem in result.problems:
-        print(f"wrong: {problem}")
+        print(f"wrong: {printable(problem, 2000)}")
     print(summary(result))
     return 0 if result.ok else 1
 
@@ -76,7 +77,8 @@ def summary(result: VerifyResult) -> str:
     counts = f"{result.live} of {result.total} target weights live"
     sparsity = f"sparsity {1 - result.live / max(result.total, 1):.4%}"
     verdict = "holds" if result.ok else f"DOES NOT HOLD ({len(result.problems)} problems)"
-    return f"{result.directory}: {counts}, {sparsity}, pattern {result.record.get('pattern')}: {verdict}"
+    pattern = printable(str(result.record.get("pattern")), 80)
+    return f"{result.directory}: {counts}, {sparsity}, pattern {pattern}: {verdict}"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from seft_ds.json_file import read_object, shown
 from seft_ds.targets import parse_pattern
 
 Auto = Literal["auto"]
+# Above any real run, and small enough for what is made of them: floats, int64 seeds, loops over a window.
+_MOST = 1 << 40
+_LONGEST_WINDOW = 10_000
 
 
 class SeftConfig(BaseModel):
@@ -40,7 +44,12 @@ class SeftConfig(BaseModel):
     )
     waves: bool = Field(True, description="Weights take turns; false: all evolve in the same step.")
     interval: int | Auto = Field("auto", description="Steps between two events of a weight.")
-    window: int = Field(5, ge=1, description="Steps before an event whose gradients are scored.")
+    window: int = Field(
+        5,
+        ge=1,
+        le=_LONGEST_WINDOW,
+        description="Steps before an event whose gradients are scored.",
+    )
     drop_fraction: float = Field(
         0.2, ge=0, le=1, description="Share of slots dropped at first; falls to 0 at stop (cosine)."
     )
@@ -63,6 +72,7 @@ class SeftConfig(BaseModel):
     max_skipped_steps: int = Field(
         5,
         ge=0,
+        le=_MOST,
         description="Steps in a row with a loss or gradient that isn't finite, before the run stops.",
     )
     checkpoint_base: Literal["copy", "reference"] = Field(
@@ -70,20 +80,20 @@ class SeftConfig(BaseModel):
         description="Checkpoints hold the frozen weights, or only what differs from the base model.",
     )
     total_steps: int | Auto = Field("auto", description="Optimizer steps of the whole run.")
-    seed: int = Field(0, ge=0, description="Seed of the random slots.")
+    seed: int = Field(0, ge=0, le=_MOST, description="Seed of the random slots.")
 
     @field_validator("interval", "total_steps")
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and not 1 <= value <= _MOST:
             raise ValueError('wanted "auto" or a whole number of steps, at least 1')
         return value
 
     @field_validator("trainable")
     @classmethod
     def _count_or_rank(cls, value: int | str | None) -> int | str | None:
-        ok = value is None or (isinstance(value, int) and value >= 1)
-        if not ok and not re.fullmatch(r"rank=[1-9]\d*", str(value)):
+        ok = value is None or (isinstance(value, int) and 1 <= value <= _MOST)
+        if not ok and not (isinstance(value, str) and re.fullmatch("rank=[1-9][0-9]{0,8}", value)):
             raise ValueError('wanted a count of at least 1, or "rank=8"')
         return value
 
@@ -127,7 +137,7 @@ def parse_seft(block: Any) -> SeftConfig:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f'unknown setting {key!r} in the "seft" block; {hint}')
+            raise ValueError(f'unknown setting {shown(key)} in the "seft" block; {hint}')
     try:
         return SeftConfig(**block)
     except ValidationError as error:
@@ -147,7 +157,7 @@ def _explain(error: ValidationError) -> str:
         text = " or: ".join(dict.fromkeys(messages))
         if name:
             about = SeftConfig.model_fields[name].description
-            text = f"{name} = {came[name]!r}: {text} ({about})"
+            text = f"{name} = {shown(came[name])}: {text} ({about})"
         lines.append(f'"seft" block: {text}')
     return "\n".join(lines)
 
@@ -180,23 +190,29 @@ def load_deepspeed_config(source: str | Path | dict) -> dict:
     Raises:
         ValueError: no such file, not JSON, a bad "seft" block, or one without DeepSpeed's ZeRO section.
     """
-    if isinstance(source, dict):
-        config = json.loads(json.dumps(source))
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"DeepSpeed config {str(path)!r}: no such file")
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"DeepSpeed config {str(path)!r} is not JSON: {error}") from None
-    if "zero_optimization" not in config:
+    try:
+        if isinstance(source, dict):
+            config = json.loads(json.dumps(source))
+        else:
+            config = read_object(Path(source), strict=True)
+    except (TypeError, ValueError, RecursionError) as error:  # of json.dumps: what is no JSON
+        raise ValueError(f"DeepSpeed config: {error}") from None
+    _check_zero(config)
+    parse_seft(config.get("seft", {}))
+    return config
+
+
+def _check_zero(config: dict) -> None:
+    section = config.get("zero_optimization")
+    if section is None:
         raise ValueError(
             'the DeepSpeed config has no "zero_optimization" section; '
             'add "zero_optimization": {"stage": 3} (or 2, 1, 0), see ds_configs/'
         )
-    parse_seft(config.get("seft", {}))
-    return config
+    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    if type(stage) is not int or not 0 <= stage <= 3:
+        came = shown(section if stage is None else stage)
+        raise ValueError(f'"zero_optimization" = {came}: wanted an object with a "stage" of 0 to 3')
 
 
 def check_batch_sizes(config: dict, n_ranks: int) -> None:
@@ -205,6 +221,12 @@ def check_batch_sizes(config: dict, n_ranks: int) -> None:
     DeepSpeed wants train_batch_size = micro batch · accumulation · ranks; "auto" and missing ones are free.
     """
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for name in names:
+        value = config.get(name)
+        if value not in (None, "auto") and (type(value) is not int or value < 1):
+            raise ValueError(
+                f'{name} = {shown(value)} in the DeepSpeed config: wanted "auto" or a whole number from 1'
+            )
     total, micro, steps = (v if isinstance(v := config.get(n), int) else None for n in names)
     if total is None:
         return

@@ -92,6 +92,11 @@ class StopRequest:
 _active: StopRequest | None = None
 
 
+def active_request() -> StopRequest | None:
+    """The request that `watch_signals` made and nobody has closed."""
+    return _active
+
+
 def watch_signals(signals: Iterable[int] = USUAL) -> StopRequest:
     """Take the first of `signals` as a wish to stop, and one later than BURST_S after it as an order to exit.
 

@@ -35,7 +35,7 @@ def parse_pattern(text: str) -> tuple[int, int]:
     """Read "2:4" as (2, 4): N live in each group of M. ValueError for anything else."""
     n, _, m = text.partition(":")
     if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise ValueError(f"pattern {text!r}: wanted N:M with 0 < N < M, such as 2:4")
+        raise ValueError(f"pattern {text!r:.80}: wanted N:M with 0 < N < M, such as 2:4")
     return int(n), int(m)
 
 

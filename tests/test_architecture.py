@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "seft_ds"
 # Each may import what stands in an earlier row, and its own row's other modules.
 LAYERS = [
-    ["config", "schedule", "targets", "memory", "errors", "signals", "console"],
+    ["json_file", "config", "schedule", "targets", "memory", "errors", "signals", "console"],
     ["sparse", "optim"],
     ["distributed"],
     ["zero"],

@@ -8,25 +8,26 @@ mask from the files, and `W != 0` after loading is the live set.
 `quantization_config` (with its `sparsity_config`) is never written: readers refuse it or load such a
 file with random weights, and the tensors here are plain.
 
-Everything goes to a temporary directory beside the target, is read back and recounted there
+Everything goes to a hidden directory in the target, is read back and recounted there
 (checkpoint/verify.py), and only then moved into place, `sparsity.json` last: a directory that has one
 is complete. No collectives: callers run this on rank 0 and hand it full tensors one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seft_ds.checkpoint.manifest import aside_of
 from seft_ds.checkpoint.shard_files import (
     DTYPE_CODES,
     ShardWriter,
@@ -42,6 +43,7 @@ from seft_ds.checkpoint.verify import (
     packed_digest,
     verify,
 )
+from seft_ds.json_file import read_object
 from seft_ds.sparse import mask
 
 __all__ = ["TargetInfo", "TensorInfo", "about_run", "versions", "write_sparse_model"]
@@ -53,6 +55,7 @@ _RECORD_KEYS = set("format pattern live total sparsity live_zeros_raised mask_di
 _RECORD_KEYS |= {"tensors", "targets"}
 # Parts of a config that describe packed or quantised tensors, which these are not.
 _COMPRESSION_KEYS = {"quantization_config", "compression_config", "sparsity_config"}
+_SIDE_BYTES = 1 << 30
 # JSON that belongs to a run or to an adapter, not to the model.
 _NOT_OF_THE_MODEL = {
     RECORD_NAME,
@@ -69,13 +72,14 @@ class TargetInfo:
     """What is known of one sparse weight, beside its values.
 
     `live_bits` is the packed mask (seft_ds.sparse.mask) of the whole weight in row-major order, uint8
-    (ceil(n / 8),); None means that `W != 0` defines what is live.
+    (ceil(n / 8),), or a function that reads it when the weight is written; None means that `W != 0`
+    defines what is live.
     """
 
     pattern: str | None = None  # "2:4"; None is unstructured
     target_live: int | None = None
     changed_positions: int | None = None
-    live_bits: torch.Tensor | None = None
+    live_bits: torch.Tensor | Callable[[], torch.Tensor] | None = None
 
 
 def write_sparse_model(
@@ -100,9 +104,12 @@ def write_sparse_model(
     """
     output_dir = Path(output_dir)
     _check_request(output_dir, layout, targets, about)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that moving into place is a rename within one file system.
-    aside = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.writing-", dir=output_dir.parent))
+    made = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Inside, so that moving into place is a rename within one file system, wherever that is mounted.
+    aside = aside_of(output_dir / "model")
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was interrupted
+    aside.mkdir()
     try:
         copy_side_files(source_dir, aside, _main_dtype(layout))
         entries, raised = _write_tensors(aside, tensors, layout, targets, max_shard_bytes)
@@ -113,8 +120,13 @@ def write_sparse_model(
             listed = "; ".join(result.problems[:5])
             raise RuntimeError(f"the files written for {output_dir} do not hold: {listed}")
         _move_into(aside, output_dir)
-    finally:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # others may have put something there
+                output_dir.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
     return record
 
 
@@ -138,7 +150,7 @@ def about_run(
         "base_model": str(source),
         "steps": steps,
         "events": events,
-        "scope": config["scope"],
+        "scope": config.get("scope", "layer"),
         "seft": config,
         "versions": versions(),
     }
@@ -169,13 +181,20 @@ def copy_side_files(source_dir: str | Path, destination: Path, dtype: torch.dtyp
     if source.is_dir():
         for path in sorted(source.iterdir()):
             if path.is_file() and _is_side_file(path.name):
+                if path.stat().st_size > _SIDE_BYTES:
+                    raise ValueError(
+                        f"{path} has {path.stat().st_size} bytes: no part of a tokenizer"
+                    )
                 shutil.copyfile(path, destination / path.name)
     else:
         _save_from_transformers(str(source_dir), destination)
     config_path = destination / "config.json"
     if not config_path.is_file():
         raise ValueError(f"{source_dir} has no config.json; give the directory of the base model")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        config = read_object(config_path)
+    except ValueError as error:
+        raise ValueError(f"of the base model {source_dir}: {error}") from None
     _write_json(config_path, config_for_plain_weights(config, dtype))
 
 
@@ -205,10 +224,10 @@ def _is_side_file(name: str) -> bool:
 def _save_from_transformers(name: str, destination: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    AutoConfig.from_pretrained(name).save_pretrained(destination)
+    AutoConfig.from_pretrained(name, trust_remote_code=False).save_pretrained(destination)
     for side in (AutoTokenizer, GenerationConfig):
         try:
-            side.from_pretrained(name).save_pretrained(destination)
+            side.from_pretrained(name, trust_remote_code=False).save_pretrained(destination)
         except (OSError, ValueError):
             continue  # a model need not have either
 
@@ -300,7 +319,7 @@ def _sparse_tensor(
         live = weight != 0
         bits = mask.pack(live.view(-1))
     else:
-        bits = target.live_bits
+        bits = target.live_bits() if callable(target.live_bits) else target.live_bits
         if bits.numel() != -(-weight.numel() // 8):
             raise ValueError(f"{info.name}: {bits.numel()} mask bytes for {weight.numel()} weights")
         live = mask.unpack(bits.to(weight.device), weight.numel()).view(weight.shape)
@@ -342,8 +361,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _move_into(aside: Path, output_dir: Path) -> None:
-    """Move all files of `aside` into `output_dir`, the record last."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """Move all files of `aside` into `output_dir`, the record last, each synced before."""
     names = sorted(path.name for path in aside.iterdir())
+    for name in names:
+        with open(aside / name, "rb") as file:
+            os.fsync(file.fileno())
     for name in sorted(names, key=lambda name: name == RECORD_NAME):
         os.replace(aside / name, output_dir / name)

@@ -6,19 +6,22 @@ mask), whatever the size of the model.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from seft_ds.checkpoint.contents import check_contents, check_total
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
-from seft_ds.checkpoint.layout import CheckpointMeta, find_tag, read_meta
+from seft_ds.checkpoint.layout import CheckpointMeta, check_listed, find_tag, read_meta
 from seft_ds.checkpoint.manifest import find_problems
 from seft_ds.checkpoint.pieces import Pieces
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE
+from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
+from seft_ds.checkpoint.verify import INDEX_NAME, WEIGHTS_NAME, read_index
+from seft_ds.json_file import shown
 from seft_ds.sparse import mask
 from seft_ds.zero.fingerprint import fingerprint
 
@@ -40,13 +43,15 @@ def export_checkpoint(
     if problems:
         raise ValueError(f"the checkpoint {tag} is damaged: {'; '.join(problems[:3])}")
     meta = read_meta(tag)
+    check_listed(tag, meta)
     source = Path(source_dir or meta.source_dir)
-    if not (source / "config.json").is_file():
+    if not os.path.isfile(source / "config.json"):
         raise ValueError(
-            f"{str(source)!r} has no config.json: name the pruned model that the run started from with "
+            f"{shown(str(source))} has no config.json: name the pruned model that the run started from with "
             "--model_name_or_path"
         )
     pieces = Pieces(tag, meta)
+    check_total(pieces, sum(check_contents(pieces)))
     base = BaseModel(source, meta) if meta.base == "reference" else None
     return write_sparse_model(
         output_dir,
@@ -66,20 +71,27 @@ class BaseModel:
         self.where = tensor_files(folder)
         self.folder = folder
         self._targets = {f"{t.name}.weight" for t in meta.targets}
-        missing = sorted(self._targets - set(self.where))
+        missing = sorted((self._targets | set(meta.fingerprints)) - set(self.where))
         if missing:
             raise ValueError(
                 f"{folder} has no tensor {missing[0]}: it is not the model of this run"
             )
 
     def info(self, name: str) -> TensorInfo:
-        with safe_open(self.where[name], framework="pt") as file:
+        with self._open(name) as file:
             part = file.get_slice(name)  # the header only
             return TensorInfo(name, tuple(part.get_shape()), self._dtype(part.get_dtype()))
 
+    def _open(self, name: str) -> Any:
+        """The file that holds a tensor. ValueError, naming it, if it doesn't."""
+        file = open_tensors(self.where[name])
+        if name not in file.keys():  # noqa: SIM118 (not a dict)
+            raise ValueError(f"{self.where[name]} lacks {shown(name)}, which the index puts there")
+        return file
+
     def tensor(self, name: str) -> torch.Tensor:
         """One weight in the run's dtype. ValueError if it is not the one that the run loaded."""
-        with safe_open(self.where[name], framework="pt") as file:
+        with self._open(name) as file:
             code = file.get_slice(name).get_dtype()
             value = file.get_tensor(name).to(self._dtype(code)).contiguous()
         wanted = self.meta.fingerprints.get(name)
@@ -106,23 +118,20 @@ class BaseModel:
 
 def tensor_files(model_dir: Path) -> dict[str, Path]:
     """Which safetensors file of a model directory holds which tensor."""
-    files = sorted(model_dir.glob("*.safetensors"))
+    single = model_dir / WEIGHTS_NAME  # what transformers loads first
+    if os.path.isfile(model_dir / INDEX_NAME) and not os.path.isfile(single):
+        return {name: model_dir / file for name, file in read_index(model_dir).items()}
+    files = sorted(path for path in model_dir.glob("*.safetensors") if os.path.isfile(path))
+    files = [single] if single in files else files
     if not files:
         raise ValueError(
             f"{str(model_dir)!r} holds no *.safetensors; name the pruned model that the run started from "
             "with --model_name_or_path"
         )
-    index = model_dir / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
-            return {str(n): model_dir / Path(f).name for n, f in names.items()}
-        where: dict[str, Path] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), path)
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"the files of {str(model_dir)!r} are damaged ({error})") from None
+    where: dict[str, Path] = {}
+    for path in files:
+        with open_tensors(path) as file:
+            where |= dict.fromkeys(file.keys(), path)
     return where
 
 
@@ -147,7 +156,10 @@ def _target_infos(pieces: Pieces, base: BaseModel | None) -> dict[str, TargetInf
         live = pieces.bits(i, "live_bits", 0, target.numel)
         start = pieces.bits(i, "start_bits", 0, target.numel)
         infos[f"{target.name}.weight"] = TargetInfo(
-            target.pattern_text, target.target_live, mask.count(live ^ start), live
+            target.pattern_text,
+            target.target_live,
+            mask.count(live ^ start),
+            partial(pieces.bits, i, "live_bits", 0, target.numel),  # read again, rather than kept
         )
     return infos
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from seft_ds.checkpoint.layout import find_tag, read_meta
+from seft_ds.checkpoint.layout import check_listed, find_tag, read_meta
 from seft_ds.checkpoint.manifest import FileEntry
 from seft_ds.checkpoint.state import check_same_run, load_state, save_state
 from seft_ds.checkpoint.together import check_together, write_together
@@ -30,7 +30,7 @@ def carry_state(engine: Any, source_dir: str) -> None:
     ) -> bool:
         """As DeepSpeed's: every rank calls it. exclude_frozen_parameters: as checkpoint_base "reference"."""
         name = _plain_tag(tag if tag is not None else f"global_step{engine.global_steps}")
-        if engine.micro_steps % engine.gradient_accumulation_steps():
+        if not at_boundary(engine):
             raise ValueError(
                 "a checkpoint in the middle of gradient accumulation would lose the gradients so far; save "
                 f"after {engine.gradient_accumulation_steps()} calls of engine.step()"
@@ -41,11 +41,14 @@ def carry_state(engine: Any, source_dir: str) -> None:
         def write(directory: Path) -> dict[str, FileEntry]:
             return save_state(seft, directory, source_dir, client_state or {}, base)
 
-        write_together(seft.ranks, target, write, last_good=seft.last_checkpoint)
-        if save_latest and seft.ranks.rank == 0:
-            _point_to(Path(save_dir), name)
+        write_together(
+            seft.ranks,
+            target,
+            write,
+            last_good=seft.last_checkpoint,
+            then=(lambda: _point_to(Path(save_dir), name)) if save_latest else None,
+        )
         seft.last_checkpoint = target
-        seft.ranks.barrier()
         return True
 
     def load_checkpoint(
@@ -66,6 +69,7 @@ def carry_state(engine: Any, source_dir: str) -> None:
             )
         directory = find_tag(Path(load_dir)) if tag is None else Path(load_dir) / str(tag)
         meta = read_meta(directory)
+        check_listed(directory, meta)
         check_same_run(seft, meta)  # cheap, before all files are read
         check_together(seft.ranks, directory)
         client_state = load_state(seft, directory, meta)
@@ -75,6 +79,18 @@ def carry_state(engine: Any, source_dir: str) -> None:
 
     engine.save_checkpoint = save_checkpoint
     engine.load_checkpoint = load_checkpoint
+
+
+def at_boundary(engine: Any) -> bool:
+    """Whether the gradients so far have been used: no step is half accumulated.
+
+    A loop calls `engine.step()` for each micro-batch, and DeepSpeed counts; accelerate calls it at boundaries
+    only, which it announces (read in deepspeed 0.19.8, accelerate 1.15.0).
+    """
+    told = engine._is_gradient_accumulation_boundary
+    if told is not None:
+        return bool(told)
+    return engine.micro_steps % engine.gradient_accumulation_steps() == 0
 
 
 def _plain_tag(tag: Any) -> str:

@@ -26,37 +26,46 @@ The position range of rank r is `shard_range(numel, r, ranks, multiple)`.
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from seft_ds.checkpoint.manifest import hash_file, read_manifest
+from seft_ds.config import SeftConfig, parse_seft
+from seft_ds.json_file import read_text, shown
+from seft_ds.optim.adamw import MOMENTS
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
 
 FORMAT = "seft_ds-checkpoint-2"
 META_NAME = "seft.json"
 ENGINE_NAME = "engine.pt"
+_LATEST_BYTES = 1024
 _META_BYTES = 1 << 28  # more than a model with ten thousand targets on thousands of ranks needs
 
-Count = Field(ge=0, le=1 << 53)
-DtypeName = Literal[
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
-]
+_MOST = 1 << 53  # of anything that is counted: exact in a float as well
+Count = Field(ge=0, le=_MOST)
+Name = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Size = Annotated[int, Field(ge=0, le=_MOST)]
+FloatName = Literal["float64", "float32", "float16", "bfloat16"]
+DtypeName = FloatName | Literal["int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TargetMeta(_Plain):
     """One target weight, as `targets.Target` has it."""
 
-    name: str
-    shape: list[int] = Field(min_length=2, max_length=2)
+    name: Name
+    shape: list[Size] = Field(min_length=2, max_length=2)
     target_live: int = Count
-    pattern: list[int] | None = Field(min_length=2, max_length=2)
-    n_slots: int = Field(ge=1, le=1 << 53)
+    pattern: list[Size] | None = Field(min_length=2, max_length=2)
+    n_slots: int = Field(ge=1, le=_MOST)
 
     def target(self) -> Target:
         pattern = (self.pattern[0], self.pattern[1]) if self.pattern else None
@@ -68,17 +77,14 @@ class TargetMeta(_Plain):
 class OtherMeta(_Plain):
     """A weight that isn't a target, or a buffer."""
 
-    name: str
-    shape: list[int]
+    name: Name
+    shape: list[Size] = Field(max_length=16)
     dtype: DtypeName
     buffer: bool
 
     @property
     def numel(self) -> int:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel
+        return math.prod(self.shape)
 
 
 class CheckpointMeta(_Plain):
@@ -87,22 +93,23 @@ class CheckpointMeta(_Plain):
     format: Literal["seft_ds-checkpoint-2"]
     base: Literal["copy", "reference"]
     step: int = Count
-    total_steps: int | None
+    total_steps: Annotated[int, Field(ge=1, le=_MOST)] | None
     ranks: int = Field(ge=1, le=1 << 20)
     zero_stage: int = Field(ge=0, le=3)
-    dtype: DtypeName  # of the target weights
+    train_batch_size: int = Count  # rows of a step, over all ranks
+    dtype: FloatName  # of the target weights
     targets: list[TargetMeta] = Field(min_length=1)
     others: list[OtherMeta]
-    fingerprints: dict[str, str]  # of the base model's weights, by name (zero/fingerprint.py)
+    fingerprints: dict[Name, str]  # of the base model's weights, by name (zero/fingerprint.py)
     slot_ranges: list[list[list[int]]]  # [rank][target] = the slots [lo, hi) in that rank's file
     moments: list[str]
-    optimizer_steps: float | None
-    window_steps: list[int | None]  # of each target's open window; None: not open
+    optimizer_steps: Annotated[float, Field(ge=0, le=_MOST)] | None
+    window_steps: list[Size | None]  # of each target's open window; None: not open
     target_events: list[int]  # that each target has had
-    source_dir: str
+    source_dir: str = Field(max_length=4096)
     config: dict[str, Any]
     n_events: int = Count
-    event_seconds: float
+    event_seconds: float = Field(ge=0)
     event_bytes: int = Count
     skipped_steps: int = Count
     skipped_in_a_row: int = Count
@@ -124,7 +131,8 @@ class CheckpointMeta(_Plain):
         if len(self.target_events) != len(self.targets) or min(self.target_events) < 0:
             return f"target_events {self.target_events[:3]}, wanted a count for each target"
         for target in self.targets:
-            if min(target.shape) < 1 or target.target_live > target.shape[0] * target.shape[1]:
+            numel = target.shape[0] * target.shape[1]
+            if not 0 < numel <= _MOST or target.target_live > numel:
                 return f"{target.name}: shape {target.shape}, {target.target_live} live"
             n_m = target.pattern
             if n_m and not 0 < n_m[0] < n_m[1]:
@@ -144,12 +152,35 @@ class CheckpointMeta(_Plain):
                 end = hi
             if end != target.n_slots:
                 return f"{target.name}: slot ranges end at {end}, wanted {target.n_slots}"
-        if any(min(o.shape, default=1) < 0 for o in self.others):
-            return "a negative size"
-        if any(not name.isidentifier() for name in self.moments):
+        if self.moments and tuple(self.moments) != MOMENTS:
             return f"moments {self.moments}"
         if (self.optimizer_steps is None) != (not self.moments):
             return "moments without a step count, or a step count without moments"
+        return self._problem_of_names() or self._problem_of_settings()
+
+    def _problem_of_names(self) -> str | None:
+        """Is every weight of the base model there, and nothing twice?"""
+        targets = [f"{t.name}.weight" for t in self.targets]
+        names = [*targets, *(o.name for o in self.others)]
+        if len(set(names)) != len(names) or "__metadata__" in names:
+            return "a weight or buffer is listed twice, or under a name that the format reserves"
+        weights = {*targets, *(o.name for o in self.others if not o.buffer)}
+        if self.base == "copy" and weights != set(self.fingerprints):
+            some = min(weights ^ set(self.fingerprints))
+            return f"{some} is not both among the weights and among the fingerprints"
+        for other in self.others:
+            if other.numel > _MOST:
+                return f"{other.name}: shape {other.shape}"
+        return None
+
+    def _problem_of_settings(self) -> str | None:
+        """`config` holds all settings; those that were not given are as they are by default."""
+        known = SeftConfig.model_fields
+        given = {k: v for k, v in self.config.items() if k not in known or v != known[k].default}
+        try:
+            parse_seft(given)
+        except ValueError as error:
+            return str(error)
         return None
 
 
@@ -164,30 +195,44 @@ def read_meta(directory: Path) -> CheckpointMeta:
         ValueError: none there, or one that is damaged or of another version.
     """
     path = directory / META_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"{directory} holds no SEFT state ({META_NAME} is missing): it was not saved by a SEFT run, or "
             "the save was interrupted; give another checkpoint"
         )
-    if path.stat().st_size > _META_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: it is not what we wrote")
+    text = read_text(path, _META_BYTES)
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); give another checkpoint") from None
     found = plain.get("format") if isinstance(plain, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT!r}")
+        raise ValueError(f"{path}: format {shown(found)}, this version reads {FORMAT!r}")
     try:
         meta = CheckpointMeta.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"])[:100]
         raise ValueError(f"{path} is damaged: {where}: {first['msg']}") from None
     problem = meta.problem()
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
     return meta
+
+
+def check_listed(directory: Path, meta: CheckpointMeta) -> None:
+    """ValueError unless the manifest covers every file that is read, and this description is the one it
+    covers. It vouches for no other file.
+    """
+    listed = read_manifest(directory)[0]
+    wanted = [META_NAME, ENGINE_NAME, *(rank_file(r, meta.ranks) for r in range(meta.ranks))]
+    for name in wanted:
+        if name not in listed:
+            raise ValueError(f"{directory}: its manifest does not list {name}; it is damaged")
+    if hash_file(directory / META_NAME) != listed[META_NAME]:
+        raise ValueError(
+            f"{directory / META_NAME} is not what was written; the checkpoint is damaged"
+        )
 
 
 def find_tag(checkpoint: Path) -> Path:
@@ -196,14 +241,14 @@ def find_tag(checkpoint: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if (checkpoint / META_NAME).is_file():
+    if os.path.isfile(checkpoint / META_NAME):
         return checkpoint
     latest = checkpoint / "latest"
-    if latest.is_file():
-        name = latest.read_text(errors="replace")[:256].strip()
+    if os.path.isfile(latest):
+        name = read_text(latest, _LATEST_BYTES).strip()
         plain = name and Path(name).name == name and name not in (".", "..")
-        if not plain or not (checkpoint / name).is_dir():
-            raise ValueError(f"{latest} names {name!r}, which is no folder beside it")
+        if not plain or not os.path.isdir(checkpoint / name):
+            raise ValueError(f"{latest} names {shown(name)}, which is no folder beside it")
         return checkpoint / name
     found = [p.parent for p in checkpoint.glob(f"*/{META_NAME}")] if checkpoint.is_dir() else []
     if len(found) != 1:

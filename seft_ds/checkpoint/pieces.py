@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from seft_ds.checkpoint.layout import CheckpointMeta, rank_file
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE
+from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
 from seft_ds.zero.weight_state import SlotTable
@@ -108,7 +107,9 @@ class Pieces:
         """The position of each slot, int64 (K,)."""
         target = self.meta.targets[i]
         table = self.slots(i, 0, target.shape[0] * target.shape[1])
-        if not torch.equal(table.slot.sort().values, torch.arange(target.n_slots)):
+        if table.slot.numel() != target.n_slots or not torch.equal(
+            table.slot.sort().values, torch.arange(target.n_slots)
+        ):
             raise self._damaged(0, f"{target.name} has not each of its {target.n_slots} slots once")
         positions = torch.empty(target.n_slots, dtype=torch.int64)
         positions[table.slot] = table.position
@@ -135,6 +136,15 @@ class Pieces:
         other = self.meta.others[k]
         ranges = [shard_range(other.numel, r, self.meta.ranks) for r in range(self.meta.ranks)]
         return self._cut(ranges, f"other.{other.name}", lo, hi, getattr(torch, other.dtype))
+
+    def expect_other(self, k: int) -> None:
+        """ValueError unless the files hold the k-th of `meta.others`; its values are not read."""
+        other = self.meta.others[k]
+        for rank in range(self.meta.ranks):
+            begin, end = shard_range(other.numel, rank, self.meta.ranks)
+            if end > begin:
+                dtype = getattr(torch, other.dtype)
+                self._expect(rank, f"other.{other.name}", dtype, end - begin)
 
     # Reading.
 
@@ -187,11 +197,7 @@ class Pieces:
 
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
-            path = self.directory / rank_file(rank, self.meta.ranks)
-            try:
-                self._open[rank] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(rank, f"can't be read ({error})") from None
+            self._open[rank] = open_tensors(self.directory / rank_file(rank, self.meta.ranks))
         return self._open[rank]
 
     def _file_names(self, rank: int) -> set[str]:

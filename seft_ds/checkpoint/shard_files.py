@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from seft_ds.json_file import printable
 
 # The names that the format gives to dtypes, and ours to read them back with.
 DTYPE_CODES: dict[torch.dtype, str] = {
@@ -44,6 +48,21 @@ class TensorInfo:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, mapped: the library's reader, which has looked at the whole header.
+
+    Raises:
+        ValueError: naming the file: there is none, or it is damaged. A pipe is not waited for.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{str(path)!r}: can't be read (no such file)")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, MemoryError, SafetensorError) as error:
+        reason = printable(str(error), 200)
+        raise ValueError(f"{path}: can't be read ({reason}); it is cut short or damaged") from None
 
 
 def plan_shards(layout: list[TensorInfo], max_shard_bytes: int) -> dict[str, list[TensorInfo]]:

@@ -10,15 +10,21 @@ which is loaded with `weights_only=True`: plain data and tensors, no code.
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seft_ds.checkpoint.contents import check_contents_together
+from seft_ds.checkpoint.engine_file import (
+    check_engine_state,
+    engine_bytes,
+    read_engine_state,
+    restore_engine,
+)
 from seft_ds.checkpoint.export import versions
 from seft_ds.checkpoint.layout import (
     ENGINE_NAME,
@@ -31,15 +37,13 @@ from seft_ds.checkpoint.layout import (
 from seft_ds.checkpoint.manifest import FileEntry, write_bytes, write_tensors
 from seft_ds.checkpoint.model import model_tensors
 from seft_ds.checkpoint.pieces import Pieces, index_dtype
+from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
 from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.weight_state import WeightState
-
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
 
 # Saving.
 
@@ -76,7 +80,7 @@ def save_state(
         text = json.dumps(meta.model_dump(), indent=1)
         written[META_NAME] = write_bytes(directory / META_NAME, text.encode())
         written[ENGINE_NAME] = write_bytes(
-            directory / ENGINE_NAME, _engine_bytes(seft.engine, client_state)
+            directory / ENGINE_NAME, engine_bytes(seft.engine, client_state)
         )
     return written
 
@@ -173,6 +177,7 @@ def _meta(
         total_steps=seft.schedule.total_steps if seft.schedule else None,
         ranks=seft.ranks.size,
         zero_stage=seft.engine.zero_optimization_stage(),
+        train_batch_size=seft.engine.train_batch_size(),
         dtype=str(seft.states[0].weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         targets=target_metas(seft),
         others=others,
@@ -201,42 +206,20 @@ def target_metas(seft: SparseEvolution) -> list[TargetMeta]:
     return [TargetMeta.model_validate(t) for t in plain]
 
 
-def _engine_bytes(engine: Any, client_state: dict) -> bytes:
-    """engine.pt: what DeepSpeed keeps beside tensors. ValueError for a client_state with objects."""
-    scheduler = engine.lr_scheduler
-    state = {
-        "counters": {name: int(getattr(engine, name)) for name in _COUNTERS},
-        "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
-        "hyperparameters": optimizer_state.hyperparameters(engine),
-        "client_state": client_state,
-    }
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    try:
-        torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            "the checkpoint would need pickle to be read, which can run code: client_state (or the state of "
-            f"the scheduler) may hold only plain data and tensors ({reason})"
-        ) from None
-    return file.getvalue()
-
-
 # Loading.
 
 
 def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> dict[str, Any]:
     """Put the run into the state that was saved; returns the caller's client_state.
 
-    Call `check_same_run` first. Nothing here needs other ranks but the gather of a persistent parameter.
+    Call `check_same_run` first. A collective.
 
     Raises:
-        ValueError: damaged files. The engine may then be half restored: make a new one.
+        ValueError: on every rank: files that can't be right. Then nothing has been changed.
     """
-    engine_state = read_engine_state(directory)  # before anything is changed
-    pieces = Pieces(directory, meta)
+    pieces = all_or_none(seft.ranks, lambda: Pieces(directory, meta))
+    check_contents_together(pieces, seft.ranks)
+    engine_state = all_or_none(seft.ranks, lambda: _checked_engine_state(seft, pieces))
     for i, state in enumerate(seft.states):
         _restore_weight(state, pieces, i, meta)
         _restore_slots(state, pieces, i)
@@ -245,7 +228,7 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
         _restore_optimizer(state, pieces, i, meta)
         state.n_events = meta.target_events[i]
     _restore_buffers(seft, pieces, meta)
-    _restore_engine(seft.engine, engine_state)
+    restore_engine(seft.engine, engine_state)
     seft.step = meta.step
     seft.resumed_total_steps = meta.total_steps
     seft.n_events, seft.event_seconds, seft.event_bytes = (
@@ -260,6 +243,27 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
     return engine_state["client_state"]
 
 
+def _checked_engine_state(seft: SparseEvolution, pieces: Pieces) -> dict[str, Any]:
+    """engine.pt, once all that is compared with this engine itself is found to fit."""
+    engine_state = read_engine_state(pieces.directory)
+    check_engine_state(seft.engine, engine_state, pieces.directory)
+    saved = {o.name: (o.shape, o.dtype) for o in pieces.meta.others if o.buffer}
+    mine = {o.name: (o.shape, o.dtype) for o, _ in _others(seft) if o.buffer}
+    for name in sorted(saved.keys() | mine.keys()):
+        if saved.get(name) != mine.get(name):
+            raise ValueError(
+                f"{pieces.directory}: the buffer {name} is {saved.get(name)} there and {mine.get(name)} in "
+                "this model"
+            )
+    for i, state in enumerate(seft.states):
+        start = pieces.bits(i, "start_bits", state.lo, state.hi)
+        if pieces.meta.base == "reference" and not torch.equal(start, state.start_bits.cpu()):
+            raise ValueError(
+                f"{pieces.directory}: {state.target.name} did not start with this model's zeros"
+            )
+    return engine_state
+
+
 def check_same_run(seft: SparseEvolution, meta: CheckpointMeta) -> None:
     """Is this checkpoint one of this run? No collective; the answer is the same on every rank.
 
@@ -267,10 +271,13 @@ def check_same_run(seft: SparseEvolution, meta: CheckpointMeta) -> None:
         ValueError: another model, other settings, another dtype, or (for a checkpoint without the base
             weights) an engine that has already trained.
     """
-    if target_metas(seft) != meta.targets:
+    pairs = itertools.zip_longest(target_metas(seft), meta.targets)
+    mine, saved = next(((a, b) for a, b in pairs if a != b), (None, None))
+    if mine != saved:
         raise ValueError(
             "the checkpoint belongs to another model or another number of slots: its targets differ from "
-            "this run's; start from the same pruned model with the same density"
+            f"this run's ({_brief(saved)} there, {_brief(mine)} here); start from the same pruned model with "
+            "the same density"
         )
     dtype = str(seft.states[0].weight.dtype).removeprefix("torch.")
     if dtype != meta.dtype:
@@ -279,6 +286,14 @@ def check_same_run(seft: SparseEvolution, meta: CheckpointMeta) -> None:
         )
     _check_settings(seft.config.model_dump(), meta.config)
     _check_base(seft, meta)
+
+
+def _brief(target: TargetMeta | None) -> str:
+    if target is None:
+        return "no further one"
+    return (
+        f"{target.name} of {target.shape} with {target.target_live} live and {target.n_slots} slots"
+    )
 
 
 def _check_settings(mine: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -377,40 +392,5 @@ def _restore_buffers(seft: SparseEvolution, pieces: Pieces, meta: CheckpointMeta
     buffers = dict(model_tensors(seft.engine.module))
     for k, other in enumerate(meta.others):
         if other.buffer:
-            mine = buffers.get(other.name)
-            if mine is None or list(mine.shape) != other.shape:
-                raise ValueError(f"the checkpoint has a buffer {other.name} that this model lacks")
+            mine = buffers[other.name]
             mine.copy_(pieces.other(k, 0, other.numel).view(mine.shape))
-
-
-def read_engine_state(directory: Path) -> dict[str, Any]:
-    """engine.pt, checked. ValueError if it is damaged or would run code."""
-    path = directory / ENGINE_NAME
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load raises whatever its readers meet
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} can't be read ({reason}); the checkpoint is damaged") from None
-    wanted = {
-        "counters": dict,
-        "lr_scheduler": (dict, type(None)),
-        "hyperparameters": list,
-        "client_state": dict,
-    }
-    fits = isinstance(state, dict) and all(
-        isinstance(state.get(name), kind)  # type: ignore[arg-type]
-        for name, kind in wanted.items()
-    )
-    if not fits or not all(isinstance(state["counters"].get(name), int) for name in _COUNTERS):
-        raise ValueError(f"{path} doesn't hold an engine's state; the checkpoint is damaged")
-    if not all(isinstance(group, dict) for group in state["hyperparameters"]):
-        raise ValueError(f"{path} doesn't hold an engine's state; the checkpoint is damaged")
-    return state
-
-
-def _restore_engine(engine: Any, state: dict[str, Any]) -> None:
-    for name in _COUNTERS:
-        setattr(engine, name, state["counters"][name])
-    optimizer_state.set_hyperparameters(engine, state["hyperparameters"])
-    if engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -34,12 +34,14 @@ def write_together(
     write: Callable[[Path], dict[str, FileEntry]],
     complete: Callable[[Path, dict[str, FileEntry]], dict[str, FileEntry]] | None = None,
     last_good: Path | None = None,
+    then: Callable[[], None] | None = None,
 ) -> None:
     """Make the directory `target` out of what each rank's `write(directory)` puts there. A collective.
 
     complete: on rank 0, from the entries of all ranks to those of the whole manifest (for files that
         others wrote into the directory).
     last_good: the checkpoint to name if this one can't be written.
+    then: done by rank 0 once the directory is visible.
 
     Raises:
         RunError: on every rank, if it failed on any. ValueError passes through (a mistake of the caller).
@@ -52,7 +54,7 @@ def write_together(
     phase(lambda: _make_empty(aside) if ranks.rank == 0 else None)
     written = phase(lambda: write(aside))
     entries = {name: entry for per_rank in written for name, entry in per_rank.items()}
-    phase(lambda: _finish(aside, target, entries, complete) if ranks.rank == 0 else None)
+    phase(lambda: _finish(aside, target, entries, complete, then) if ranks.rank == 0 else None)
 
 
 def check_together(ranks: Ranks, directory: Path) -> None:
@@ -82,6 +84,7 @@ def _on_all(
     except Exception as error:  # whatever it is, the others must not wait
         failure = error
         said = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+        said = said.replace(str(aside), str(target))  # the hidden folder is gone by then
     outcomes = ranks.gather_object((said, result if failure is None else None))
     failed = [(r, text) for r, (text, _) in enumerate(outcomes) if text]
     if not failed:
@@ -93,7 +96,7 @@ def _on_all(
     rank, text = failed[0]
     good = f"the last good checkpoint is {last_good}" if last_good else "there is none before it"
     raise RunError(
-        f"the checkpoint {target} could not be written: rank {rank}: {text}. Nothing of it is left; {good}"
+        f"the checkpoint {target} could not be written: rank {rank}: {text}; {good}"
     ) from failure
 
 
@@ -108,12 +111,15 @@ def _finish(
     target: Path,
     entries: dict[str, FileEntry],
     complete: Callable[[Path, dict[str, FileEntry]], dict[str, FileEntry]] | None,
+    then: Callable[[], None] | None,
 ) -> None:
     _wait_until_visible(aside, entries)
     if complete is not None:
         entries = complete(aside, entries)
     seal(aside, entries)
     publish(aside, target)
+    if then is not None:
+        then()
 
 
 def _wait_until_visible(directory: Path, entries: dict[str, FileEntry]) -> None:

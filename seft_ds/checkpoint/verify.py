@@ -16,16 +16,17 @@ row-major order); the digest of the model is the sha256 of the lines "name diges
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE
+from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
+from seft_ds.json_file import printable, read_object, shown
 from seft_ds.sparse import mask
 from seft_ds.targets import parse_pattern
 
@@ -138,36 +139,64 @@ def groups_off_pattern(live: torch.Tensor, pattern: str) -> int:
 def read_record(directory: Path) -> dict[str, Any]:
     """`sparsity.json` of a directory, its structure checked. Raises ValueError."""
     path = directory / RECORD_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{directory} has no {RECORD_NAME}; it is not a sparse model of seft_ds")
-    record = _read_json(path)
+    record = read_object(path)
     if record.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {record.get('format')!r}; this version reads {FORMAT!r}"
+            f"{path} has format {shown(record.get('format'))}; this version reads {FORMAT!r}"
         )
     targets = record.get("targets")
     if not isinstance(targets, dict) or not targets:
         raise ValueError(f"{path} names no targets; write the model again with launch/export.py")
     for name, entry in targets.items():
+        if not _is_name(name):
+            raise ValueError(f"{path}: {shown(name)} is no name of a tensor; the file is damaged")
         for key, types in _ENTRY_TYPES.items():
             value = entry.get(key) if isinstance(entry, dict) else None
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise ValueError(f"{path}: {key} of {name} is {value!r}; the file is damaged")
-        if not all(isinstance(size, int) and size >= 0 for size in entry["shape"]):
-            raise ValueError(f"{path}: shape of {name} is {entry['shape']!r}; the file is damaged")
+            if not isinstance(value, types) or isinstance(value, bool) or _absurd(value):
+                raise ValueError(f"{path}: {key} of {name} is {shown(value)}; the file is damaged")
+        shape = entry["shape"]
+        if not all(type(size) is int and size >= 0 for size in shape) or _absurd(math.prod(shape)):
+            raise ValueError(f"{path}: shape of {name} is {shown(shape)}; the file is damaged")
         if entry["pattern"] is not None:
-            parse_pattern(entry["pattern"])
+            try:
+                parse_pattern(entry["pattern"])
+            except ValueError as error:
+                raise ValueError(f"{path}: {name}: {error}") from None
     return record
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read as JSON ({error}); the file is damaged") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object; it is damaged")
-    return value
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= 1000 and name.isprintable()
+
+
+def _absurd(value: object) -> bool:
+    """No count of ours, or a text or list far longer than what it should be."""
+    if isinstance(value, int):
+        return not 0 <= value < 1 << 62
+    return isinstance(value, (str, list)) and len(value) > 200
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """{tensor name: file name} of a model in several files.
+
+    Raises:
+        ValueError: a damaged index, or one that leads out of its directory.
+    """
+    path = directory / INDEX_NAME
+    listed = read_object(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{path} has no weight_map; the file is damaged")
+    for name, file_name in listed.items():
+        # A plain file name: an index must not make us read outside its own directory.
+        plain = isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)
+        if not plain or not file_name.isprintable() or not _is_name(name):
+            raise ValueError(
+                f"{INDEX_NAME} puts {shown(name)} into {shown(file_name)}, which is no file name; "
+                f"{path} is damaged"
+            )
+    return listed
 
 
 def _tensor_files(directory: Path) -> tuple[dict[str, str], list[str]]:
@@ -176,19 +205,12 @@ def _tensor_files(directory: Path) -> tuple[dict[str, str], list[str]]:
     For a single file without an index the only key is "" (the file's own header names its tensors).
     """
     listed: dict[str, str] = {}
-    if (directory / WEIGHTS_NAME).is_file():  # what transformers loads first
+    if os.path.isfile(directory / WEIGHTS_NAME):  # what transformers loads first
         listed = {"": WEIGHTS_NAME}
-    elif (directory / INDEX_NAME).is_file():
-        listed = _read_json(directory / INDEX_NAME).get("weight_map", {})
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError(f"{directory / INDEX_NAME} has no weight_map; the file is damaged")
+    elif os.path.isfile(directory / INDEX_NAME):
+        listed = read_index(directory)
     else:
         raise ValueError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-    for name, file_name in listed.items():
-        # A plain file name: an index must not make us read outside its own directory.
-        plain = isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)
-        if not plain:
-            raise ValueError(f"{INDEX_NAME} puts {name} into {file_name!r}, which is no file name")
     present = {path.name for path in directory.glob("model*.safetensors")}
     problems = [
         f"{name}: a weights file that the model does not use; remove it"
@@ -204,20 +226,22 @@ def _check_file(
     indexed = {name for name, file in files.items() if file == file_name} - {""}
     checks: dict[str, TargetCheck] = {}
     try:
-        with safe_open(directory / file_name, framework="pt") as file:
-            names = set(file.keys())
-            problems = [f"{name}: indexed, but not in {file_name}" for name in indexed - names]
-            if "" not in files:
-                problems += [f"{n}: in {file_name}, but not indexed" for n in names - indexed]
-            for name in sorted(names & set(targets)):
-                checks[name] = _check_target(name, targets[name], file)
-    except (OSError, SafetensorError) as error:
-        return {}, 0, [f"{file_name}: can't be read ({error}); it is cut short, damaged or missing"]
+        opened = open_tensors(directory / file_name)
+    except ValueError as error:
+        return {}, 0, [str(error).removeprefix(f"{directory}/")]
+    with opened as file:
+        names = set(file.keys())
+        problems = [f"{name}: indexed, but not in {file_name}" for name in indexed - names]
+        if "" not in files:
+            new = (printable(n, 200) for n in names - indexed)
+            problems += [f"{n}: in {file_name}, but not indexed" for n in new]
+        for name in sorted(names & set(targets)):
+            checks[name] = _check_target(name, targets[name], file)
     return checks, len(names), sorted(problems)
 
 
 def _blank_check(name: str, entry: dict[str, Any]) -> TargetCheck:
-    total = torch.Size(entry["shape"]).numel()
+    total = math.prod(entry["shape"])
     return TargetCheck(name, total, entry["pattern"], entry["live"], entry["target_live"])
 
 
@@ -230,7 +254,11 @@ def _check_target(name: str, entry: dict[str, Any], file: Any) -> TargetCheck:
         check.problems.append(f"shape {shape}, {RECORD_NAME} says {entry['shape']}")
         return check
     if str(dtype) != f"torch.{entry['dtype']}":
-        check.problems.append(f"dtype {view.get_dtype()}, {RECORD_NAME} says {entry['dtype']}")
+        check.problems.append(
+            f"dtype {view.get_dtype()}, {RECORD_NAME} says {printable(entry['dtype'], 20)}"
+        )
+    if dtype is None:  # packed or 8-bit floats: nothing that we write, or that torch can count
+        return check
     weight = file.get_tensor(name)  # the only tensor in memory
     live = weight != 0
     check.live = int(torch.count_nonzero(live))
@@ -268,7 +296,8 @@ def _check_totals(record: dict[str, Any], checks: list[TargetCheck], found: int)
     }
     for key, value in expected.items():
         if record.get(key) != value:
-            problems.append(f"{RECORD_NAME}: {key} is {record.get(key)!r}, recounted {value!r}")
+            came = shown(record.get(key))
+            problems.append(f"{RECORD_NAME}: {key} is {came}, recounted {value!r}")
     aimed = [c for c in checks if c.target_live is not None]
     if record.get("scope") == "global":
         have, want = sum(c.live for c in aimed), sum(c.target_live or 0 for c in aimed)

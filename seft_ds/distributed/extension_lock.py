@@ -13,20 +13,33 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# Compiling takes 30 to 80 s. The maker may sit on another machine, where we can't see it: by its age then.
+# Compiling takes 30 to 80 s. The maker may sit on another machine or in another container, where we can't
+# see it; by its age then.
 STALE_S = 120.0
 
 
-def clear_stale_locks() -> list[Path]:
-    """Remove locks older than STALE_S that no process of this machine holds; returns them."""
-    cleared = []
-    for lock in _locks():
-        with suppress(OSError):  # gone meanwhile, or not ours
-            if time.time() - lock.stat().st_mtime > STALE_S and not _held(lock):
+def clear_stale_locks(stale_s: float = STALE_S) -> list[Path]:
+    """Remove locks that no process of this machine holds, once they are `stale_s` old; returns them.
+
+    Waits that long for a young one: a job that was killed is often started again at once.
+    """
+    return [lock for lock in _locks() if _cleared(lock, stale_s)]
+
+
+def _cleared(lock: Path, stale_s: float) -> bool:
+    said = False
+    with suppress(OSError):  # gone meanwhile, or not ours
+        while not _held(lock):
+            age_s = time.time() - lock.stat().st_mtime
+            if age_s > stale_s:
                 lock.unlink()
-                cleared.append(lock)
                 print(f"warning: removed {lock}, which a killed process had left", file=sys.stderr)
-    return cleared
+                return True
+            if not said:
+                said = True
+                print(f"{lock}: waiting up to {stale_s:.0f} s for its maker", file=sys.stderr)
+            time.sleep(0.2)
+    return False
 
 
 def _locks() -> list[Path]:

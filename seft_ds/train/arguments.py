@@ -7,6 +7,8 @@ A run is described by `--config FILE.yaml` with flags on top. `--seft.NAME VALUE
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,9 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from seft_ds.config import load_deepspeed_config, with_overrides
+from seft_ds.json_file import read_object, read_text, shown
+
+_RECIPE_BYTES = 1 << 20
 
 
 @dataclass
@@ -85,7 +90,7 @@ def parse(argv: list[str]) -> Arguments:
         )
     config = with_overrides(load_deepspeed_config(values["deepspeed"]), {**seft_yaml, **seft_flags})
     values["deepspeed"] = config
-    _check_data(values)
+    _check_values(values)
     if not values["output_dir"]:
         raise ValueError("give --output_dir, the folder that the run and the model go to")
     if values["save_only_model"]:
@@ -93,8 +98,20 @@ def parse(argv: list[str]) -> Arguments:
             "--save_only_model would leave checkpoints without weights: those of a SEFT checkpoint are in "
             "the engine's files; leave it out, and make models with launch/export.py"
         )
+    if values["load_best_model_at_end"]:
+        raise ValueError(
+            "--load_best_model_at_end is not supported; leave it out, and make a model of the best "
+            "checkpoint with launch/export.py"
+        )
     _adapt_to_machine(values)
-    model, data, run = parser.parse_dict(values)
+    try:
+        model, data, run = parser.parse_dict(values)
+    except (ValueError, AttributeError, KeyError, TypeError, ArithmeticError, OSError) as error:
+        # Some of its arguments are objects in JSON, which transformers takes apart without looking.
+        raise ValueError(
+            'transformers refuses an argument, or a section of the DeepSpeed config beside "seft": '
+            f"{type(error).__name__}: {error}"
+        ) from error
     return Arguments(model, data, run, config)
 
 
@@ -119,12 +136,22 @@ def _plain_value(text: str) -> Any:
     """A number, true, false, null or list as JSON writes them; anything else is a string (2:4)."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML in which 2:4 is a string (not 124, a number to base 60) and 5e-3 a number."""
+    """YAML in which 2:4 is a string (not 124, a number to base 60) and 5e-3 a number.
+
+    Without aliases: a few lines of them stand for more text than any memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"*{self.peek_event().anchor}: write the value out where it is used"
+            )
+        return super().compose_node(parent, index)
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
@@ -144,17 +171,19 @@ def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         return argv, {}
     at = argv.index("--config")
     path = Path(argv[at + 1]) if at + 1 < len(argv) else Path("")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"--config {path}: no such file")
+    text = read_text(path, _RECIPE_BYTES)
     try:
-        recipe = yaml.load(path.read_text(), _RecipeLoader) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not YAML: {error}") from None
+        recipe = yaml.load(text, _RecipeLoader) or {}
+    except Exception as error:  # yaml's constructors raise whatever the conversion of a value meets
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise ValueError(f"--config {path} is not YAML that can be read ({reason})") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: wanted NAME: VALUE lines, got {type(recipe).__name__}")
     seft = recipe.pop("seft", {}) or {}
     if not isinstance(seft, dict):
-        raise ValueError(f"--config {path}: seft: wanted NAME: VALUE lines, got {seft!r}")
+        raise ValueError(f"--config {path}: seft: wanted NAME: VALUE lines, got {shown(seft)}")
     flags: list[str] = []
     for name, value in recipe.items():
         if value is None:
@@ -167,11 +196,16 @@ def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return flags + argv[:at] + argv[at + 2 :], seft
 
 
-def _check_data(values: dict[str, Any]) -> None:
+def _check_values(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: wanted a finite number")
+        if isinstance(value, str) and "\x00" in value:
+            raise ValueError(f"--{name} {shown(value)}: wanted text without NUL")
     if bool(values["train_file"]) == bool(values["dataset_name"]):
         raise ValueError("give one of --train_file and --dataset_name")
     for name in ("train_file", "validation_file"):
-        if values[name] and not Path(values[name]).is_file():
+        if values[name] and not os.path.isfile(values[name]):
             raise ValueError(f"--{name} {values[name]}: no such file")
 
 
@@ -191,12 +225,12 @@ def model_dtype(folder: str, name: str) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name == "auto":
         path = Path(folder) / "config.json"
-        stored = json.loads(path.read_text()) if path.is_file() else {}
+        stored = read_object(path) if os.path.isfile(path) else {}
         name = str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
         if name == "float16":
             raise ValueError(
                 f"{folder} is stored in float16; train it with --dtype bfloat16 or float32"
             )
     if name not in known:
-        raise ValueError(f"dtype {name!r}: wanted auto, float32 or bfloat16")
+        raise ValueError(f"dtype {shown(name)}: wanted auto, float32 or bfloat16")
     return known[name]

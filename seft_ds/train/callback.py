@@ -25,8 +25,10 @@ from seft_ds.checkpoint.export import versions
 from seft_ds.checkpoint.manifest import MANIFEST_NAME, entries_below, seal
 from seft_ds.checkpoint.model import save_model
 from seft_ds.config import SeftConfig
+from seft_ds.distributed.agreement import all_or_none
+from seft_ds.errors import RunError
 from seft_ds.report.journal import JOURNAL_NAME, Journal
-from seft_ds.signals import watch_signals
+from seft_ds.signals import active_request, watch_signals
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
@@ -53,6 +55,7 @@ class SeftCallback(TrainerCallback):
         self.journal_dir = journal_dir
         self.about = about or {}
         self.handle_signals = handle_signals
+        self.hold_signals = False  # whoever sets it calls close_signals() later
         self.stopped_by: str | None = None  # the signal that ended training, on any rank
         self.journal: Journal | None = None
         self.model: Any = None
@@ -79,7 +82,16 @@ class SeftCallback(TrainerCallback):
         return engine.seft.last_checkpoint if engine is not None else None
 
     def save_model(self, output_dir: str | Path) -> dict[str, Any]:
-        """Write the repaired sparse model; returns its sparsity record. Every rank calls it."""
+        """Write the repaired sparse model; returns its sparsity record. Every rank calls it.
+
+        Raises:
+            RunError: a signal stopped the training, so that the model is half trained.
+        """
+        if self.stopped_by:
+            raise RunError(
+                f"training was stopped by {self.stopped_by}; resume from {self.last_checkpoint} instead of "
+                "saving a half-trained model (launch/export.py makes one of a checkpoint)"
+            )
         return save_model(self.engine, find_attached(self.model).source_dir, output_dir)  # type: ignore[union-attr]
 
     # What Trainer calls.
@@ -102,12 +114,12 @@ class SeftCallback(TrainerCallback):
     ) -> None:
         self.seft.begin(state.max_steps)
         if self.handle_signals and threading.current_thread() is threading.main_thread():
-            self.seft.stop_request = watch_signals()
+            self.seft.stop_request = active_request() or watch_signals()
         self._started = self._last_log = time.perf_counter()
         if state.is_world_process_zero:
             folder = Path(self.journal_dir or args.output_dir or ".")
             self.journal = Journal(folder / JOURNAL_NAME)
-            self.journal.write("run", **self._run_record(args))
+            self._write("run", **self._run_record(args))
             self.seft.listeners.append(self._journal_record)
 
     def on_step_end(
@@ -119,18 +131,28 @@ class SeftCallback(TrainerCallback):
             names = [name for name in self.seft.ranks.gather_object(mine) if name]
             self.stopped_by = f"{names[0]} after step {state.global_step} of {state.max_steps}"
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be seconds left
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped_by:  # the checkpoint of this step is written
+            control.should_save = control.should_evaluate = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Seal the checkpoint of a plain Trainer, which writes in place, with a manifest."""
         seft = self.seft
-        seft.ranks.barrier()  # every rank has written its files
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if seft.ranks.rank == 0 and folder.is_dir() and not (folder / MANIFEST_NAME).is_file():
-            seal(folder, entries_below(folder, {}))
-        if folder.is_dir():
-            seft.last_checkpoint = folder
+
+        def seal_once() -> None:
+            if seft.ranks.rank == 0 and not (folder / MANIFEST_NAME).is_file():
+                seal(folder, entries_below(folder, {}))
+
+        seft.ranks.barrier()  # every rank has written its files
+        all_or_none(seft.ranks, seal_once)
+        seft.last_checkpoint = folder
 
     def on_log(
         self,
@@ -145,7 +167,7 @@ class SeftCallback(TrainerCallback):
         now = time.perf_counter()
         if "loss" in logs:
             tokens = int(logs.get("num_tokens") or state.num_input_tokens_seen or 0)
-            self.journal.write(
+            self._write(
                 "step",
                 step=state.global_step,
                 loss=float(logs["loss"]),
@@ -157,25 +179,23 @@ class SeftCallback(TrainerCallback):
             self._last_log, self._last_tokens = now, tokens
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith("loss"):
-                self.journal.write("eval", step=state.global_step, name=name, value=float(value))
+                self._write("eval", step=state.global_step, name=name, value=float(value))
                 self._last_log = now
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.seft.stop_request is not None:
-            self.seft.stop_request.close()
+        if not self.hold_signals:
+            self.close_signals()
         self.seft.check()
         if self.stopped_by:
             if self.journal is not None:
                 where = str(self.last_checkpoint)
-                self.journal.write(
-                    "stop", step=state.global_step, why=self.stopped_by, checkpoint=where
-                )
+                self._write("stop", step=state.global_step, why=self.stopped_by, checkpoint=where)
             return
         live, changed = sum(self.seft.live_counts()), sum(self.seft.changed_positions())
         if self.journal is not None:
-            self.journal.write(
+            self._write(
                 "end",
                 step=state.global_step,
                 seconds=time.perf_counter() - self._started,
@@ -184,9 +204,27 @@ class SeftCallback(TrainerCallback):
                 changed_positions=changed,
             )
 
-    def _journal_record(self, record: dict[str, Any]) -> None:
+    def close_signals(self) -> None:
+        """Give the signals back, if they were taken."""
+        attached = find_attached(self.model) if self.model is not None else None
+        engine = attached.engine if attached is not None else None
+        if engine is not None and engine.seft.stop_request is not None:
+            engine.seft.stop_request.close()
+            engine.seft.stop_request = None
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """One line of the journal. RunError if it can't be written: a full disk, most likely."""
         assert self.journal is not None
-        self.journal.write(**record)
+        try:
+            self.journal.write(kind, **fields)
+        except OSError as error:
+            raise RunError(
+                f"{self.journal.path} can't be written ({error}); the last good checkpoint is "
+                f"{self.last_checkpoint}"
+            ) from error
+
+    def _journal_record(self, record: dict[str, Any]) -> None:
+        self._write(**record)
 
     def _run_record(self, args: TrainingArguments) -> dict[str, Any]:
         seft = self.seft

@@ -10,12 +10,21 @@
 
 from __future__ import annotations
 
+import glob
+import gzip
+import os
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, List, Value, load_dataset
+
+from seft_ds.json_file import shown
 
 FORMS = (("text",), ("messages",), ("prompt", "completion"), ("instruction", "output"))
+_MAY_BE_CHATS = ("messages", "prompt", "completion")
+_END_BYTES = 1 << 16
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -23,24 +32,69 @@ def load_rows(file: str | None, name: str | None, config: str | None, split: str
     """The rows of a local file or a named dataset, in a form of `FORMS`.
 
     Raises:
-        ValueError: an unknown file type, no rows, or none of the known columns.
+        ValueError: no such file, an unknown type, no rows, none of the known columns, or one without text.
     """
     if file is not None:
+        if not os.path.isfile(file):  # a pipe would be waited for
+            raise ValueError(f"{file}: no such file")
         suffixes = [s for s in Path(file).suffixes if s != ".gz"]
         kind = _LOADERS.get(suffixes[-1]) if suffixes else None
         if kind is None:
             raise ValueError(f"{file}: wanted a {', '.join(_LOADERS)} file (or one of them .gz)")
-        rows = _read(lambda: load_dataset(kind, data_files=file, split="train"), file)
+        _check_ends(file, kind)
+        # The name is that of one file, and no pattern.
+        rows = _read(lambda: load_dataset(kind, data_files=glob.escape(file), split="train"), file)
     else:
         rows = _read(lambda: load_dataset(name, config, split=split), str(name))
     return in_known_form(rows, file or str(name))
+
+
+def _check_ends(file: str, kind: str) -> None:
+    """ValueError for what a look at both ends of a file can tell.
+
+    A crash may leave zeros at the end, and readers would go through all of them, however many there are,
+    before they say so. JSON that starts with a bare null ends the process in pyarrow (26.0.1).
+    """
+    packed = file.endswith((".gz", ".parquet"))
+    try:
+        if not (size := os.path.getsize(file)):
+            raise ValueError(f"{file} has no rows: it is empty")
+        with open(file, "rb") as opened:
+            opened.seek(max(0, size - _END_BYTES))
+            tail = opened.read(_END_BYTES)
+        head = _head(file)
+    except OSError as error:
+        raise ValueError(f"can't read {file}: {error}") from None
+    if tail.endswith(b"\x00" * 8) if packed else b"\x00" in head + tail:
+        raise ValueError(
+            f"{file} has NUL bytes in it: it is no text in UTF-8, or was not wholly written"
+        )
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if kind == "json" and start and start not in (b"{", b"["):
+        raise ValueError(
+            f"{file} starts with {start!r}: wanted JSON objects, one a line or in a list"
+        )
+
+
+def _head(file: str) -> bytes:
+    """The first bytes of a file, unpacked; none if they can't be, which its reader says better."""
+    if not file.endswith(".gz"):
+        with open(file, "rb") as opened:
+            return opened.read(_END_BYTES)
+    with suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(file) as unpacked:
+        return unpacked.read(_END_BYTES)
+    return b""
 
 
 def _read(load: Any, what: str) -> Dataset:
     try:
         return load()
     except Exception as error:  # datasets raises many kinds for a bad file or an unreachable name
-        raise ValueError(f"can't read {what}: {type(error).__name__}: {error}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # of "an error occurred" the one that it came from
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {cause}"[:600]
+        raise ValueError(f"can't read {what}: {reason}") from error
 
 
 def in_known_form(rows: Dataset, what: str) -> Dataset:
@@ -49,7 +103,11 @@ def in_known_form(rows: Dataset, what: str) -> Dataset:
     form = next((f for f in FORMS if columns.issuperset(f)), None)
     if form is None:
         wanted = "; ".join(" + ".join(f) for f in FORMS)
-        raise ValueError(f"{what} has the columns {sorted(columns)}; wanted one of: {wanted}")
+        raise ValueError(
+            f"{what} has the columns {shown(sorted(columns))}; wanted one of: {wanted}"
+        )
+    if len(rows):
+        _check_columns(rows, form, what)
     if form == ("text",):
         rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
     if len(rows) == 0:
@@ -57,6 +115,50 @@ def in_known_form(rows: Dataset, what: str) -> Dataset:
     if form == ("instruction", "output"):
         return rows.map(_from_alpaca, remove_columns=rows.column_names)
     return rows.select_columns(list(form))
+
+
+def _check_columns(rows: Dataset, form: tuple[str, ...], what: str) -> None:
+    """ValueError unless the columns of `form` hold text, or messages where those may be, in every row."""
+    chats = set()
+    for name in form:
+        try:
+            rows.data.column(name).validate(full=True)
+        except ValueError as error:  # bytes that are no UTF-8, mostly
+            raise ValueError(f"{what}: column {name} is damaged ({error})") from None
+        kind = rows.features[name]
+        if _is_text(kind) and name != "messages":
+            chats.add(False)
+        elif name in _MAY_BE_CHATS and _holds_messages(rows, name):
+            chats.add(True)
+        else:
+            wanted = "messages with role and content" if name in _MAY_BE_CHATS else "text"
+            raise ValueError(f"{what}: column {name} holds {str(kind):.100}; wanted {wanted}")
+        missing = rows.data.column(name).null_count
+        if missing and name != "text":  # rows without text are left out
+            raise ValueError(f"{what}: {missing} rows have no {name}; fill it in, or take them out")
+    if len(chats) > 1:
+        raise ValueError(
+            f"{what}: of {' and '.join(form)} one holds text and one messages; wanted the same"
+        )
+
+
+def _is_text(kind: Any) -> bool:
+    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+
+
+def _holds_messages(rows: Dataset, name: str) -> bool:
+    kind = rows.features[name]
+    parts = kind.feature if isinstance(kind, List) else None
+    if isinstance(parts, dict):
+        return _is_text(parts.get("role")) and _is_text(parts.get("content"))
+    if isinstance(parts, Value) or parts is None:
+        return False
+    # Messages that differ in their keys (tool calls, say) come as JSON, whose type says nothing.
+    return all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
+        for messages in rows[name]
+        for m in messages or []
+    )
 
 
 def _from_alpaca(row: dict[str, str]) -> dict[str, str]:

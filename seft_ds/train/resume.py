@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from seft_ds.checkpoint.manifest import checkpoints_in, remove_leftovers
+from seft_ds.checkpoint.layout import find_tag, read_meta
+from seft_ds.checkpoint.manifest import checkpoints_in
 from seft_ds.checkpoint.together import check_together
 from seft_ds.distributed.collectives import Ranks
 
@@ -30,7 +32,8 @@ def find_checkpoint(resume: str, output: Path, ranks: Ranks) -> Path | None:
             )
         check_together(ranks, given)
     except ValueError as error:
-        others = [p for p in checkpoints_in(given.parent) if p.resolve() != given.resolve()]
+        beside = _as_rank_0_sees(given.parent, ranks)
+        others = [p for p in beside if p.resolve() != given.resolve()]
         good = _first_good(others, ranks)[0]
         hint = f"; {good} is whole: --resume {good}" if good else ""
         raise ValueError(f"{error}{hint}") from None
@@ -38,12 +41,7 @@ def find_checkpoint(resume: str, output: Path, ranks: Ranks) -> Path | None:
 
 
 def _newest_good(output: Path, ranks: Ranks) -> Path | None:
-    if ranks.rank == 0 and output.is_dir():
-        remove_leftovers(
-            output
-        )  # of saves that were interrupted; brings back what one was replacing
-    ranks.barrier()
-    good, damaged = _first_good(checkpoints_in(output), ranks)
+    good, damaged = _first_good(_as_rank_0_sees(output, ranks), ranks)
     if damaged and ranks.rank == 0:
         for text in damaged:
             print(f"warning: {text}", file=sys.stderr)
@@ -55,6 +53,40 @@ def _newest_good(output: Path, ranks: Ranks) -> Path | None:
             "anew with --resume never --overwrite true"
         )
     return good
+
+
+def _as_rank_0_sees(folder: Path, ranks: Ranks) -> list[Path]:
+    """The checkpoints in a folder: one list for all ranks, whatever each machine's file system says."""
+    names = [p.name for p in checkpoints_in(folder)] if ranks.rank == 0 else []
+    return [folder / name for name in ranks.gather_object(names)[0]]
+
+
+def check_batch(checkpoint: Path, rows: int) -> None:
+    """The data position counts in steps, so a step has to be as many rows as before.
+
+    Raises:
+        ValueError: `rows` a step over all ranks, where the checkpoint's run took another number.
+    """
+    before = read_meta(find_tag(checkpoint)).train_batch_size
+    if before != rows:
+        raise ValueError(
+            f"the run that wrote {checkpoint} took {before} rows a step, this one would take {rows}, so that "
+            "it would repeat or skip data; change --per_device_train_batch_size or "
+            "--gradient_accumulation_steps: their product, times the number of ranks, has to be "
+            f"{before}"
+        )
+
+
+def steps_of(checkpoint: Path) -> tuple[int, int]:
+    """(steps taken, steps of the whole run) of a Trainer's checkpoint. ValueError if it doesn't say."""
+    path = checkpoint / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return int(state["global_step"]), int(state["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of launch/finetune.py: {path.name} can't be read ({error})"
+        ) from None
 
 
 def _first_good(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, list[str]]:

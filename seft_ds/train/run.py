@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from seft_ds.api import attach
 from seft_ds.checkpoint.export import versions
-from seft_ds.checkpoint.manifest import remove_leftovers
+from seft_ds.checkpoint.from_checkpoint import export_checkpoint
+from seft_ds.checkpoint.manifest import checkpoints_in, remove_leftovers
 from seft_ds.checkpoint.model import save_model
 from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
@@ -33,7 +34,8 @@ from seft_ds.targets import Target
 from seft_ds.train.arguments import Arguments, model_dtype, parse
 from seft_ds.train.callback import SeftCallback
 from seft_ds.train.data import describe_sample, load_rows
-from seft_ds.train.resume import find_checkpoint
+from seft_ds.train.resume import check_batch, find_checkpoint, steps_of
+from seft_ds.train.run_dir import LOCK_NAME, RunLock, set_aside
 from seft_ds.train.trainer import SparseSFTTrainer
 from seft_ds.zero.initialize import find_attached
 
@@ -49,19 +51,28 @@ def repair(argv: list[str], ranks: ProcessRanks) -> None:
     folder = all_or_none(ranks, lambda: model_folder(arguments.model.model_name_or_path))
     check_agreement(arguments, folder, ranks)
     check_batch_sizes(arguments.deepspeed, ranks.size)
+    lock = RunLock()
+    all_or_none(ranks, lambda: take_own(output, arguments, lock, ranks))
     checkpoint = find_checkpoint(run.resume, output, ranks)
     all_or_none(ranks, lambda: check_output(output, arguments, folder, checkpoint))
+    if checkpoint is not None:
+        rows = run.per_device_train_batch_size * run.gradient_accumulation_steps * ranks.size
+        all_or_none(ranks, lambda: check_batch(checkpoint, rows))
+        if all_or_none(ranks, lambda: is_finished(output, checkpoint)):
+            all_or_none(ranks, lambda: close_finished(output, checkpoint, folder, ranks))
+            return
     train_rows, eval_rows = read_data(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dtype = model_dtype(str(folder), arguments.model.dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.config.use_cache = False
     attach(model, arguments.deepspeed)
     targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]
     check_loaded(targets, folder)
     if run.dry_run:
         run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
-    opening = OpenRun(output, arguments, goes_on(output, checkpoint, run.resume), ranks)
+    continued = goes_on(output, checkpoint, run.resume)
+    opening = OpenRun(output, arguments, continued, ranks, checkpoint, lock)
     callback = SeftCallback(journal_dir=output, about=run_facts(arguments))
     trainer = SparseSFTTrainer(
         model=model,
@@ -72,28 +83,66 @@ def repair(argv: list[str], ranks: ProcessRanks) -> None:
         callbacks=[opening, callback],
     )
     trainer.seft_source = str(folder)
+    opening.trainer = trainer
     if ranks.rank == 0:
         print(describe_targets(targets), describe_sample(trainer, tokenizer), sep="\n", flush=True)
     if run.dry_run:
         shutil.rmtree(str(run.output_dir), ignore_errors=True)
         return
-    current_watch().hint = lambda: how_to_go_on(callback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if callback.stopped_by:
+    current_watch().hint = lambda: how_to_go_on(callback, output)
+    callback.hold_signals = True  # a signal during the final save must not end it
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if callback.stopped_by:
+            if ranks.rank == 0:
+                hint = how_to_go_on(callback, output)
+                print(f"stopped by {callback.stopped_by}: {hint}", flush=True)
+            return
+        about = {"command": " ".join(sys.argv)}
+        record = save_model(trainer.model_wrapped, folder, output, about)
         if ranks.rank == 0:
-            print(f"stopped by {callback.stopped_by}: {how_to_go_on(callback)}", flush=True)
-        return
-    record = save_model(trainer.model_wrapped, folder, output, {"command": " ".join(sys.argv)})
-    if ranks.rank == 0:
-        finish(output, record)
+            finish(output, record)
+    finally:
+        callback.close_signals()
 
 
-def how_to_go_on(callback: SeftCallback) -> str:
+def how_to_go_on(callback: SeftCallback, output: Path) -> str:
     """For the line that a run ends with before its time."""
     last = callback.last_checkpoint
     if last is None:
         return "no checkpoint has been written, so the run starts anew (--save_strategy steps writes some)"
-    return f"the same command with --resume auto goes on from {last}"
+    own = last.resolve().is_relative_to(output.resolve())
+    return f"the same command with --resume {'auto' if own else last} goes on from {last}"
+
+
+def take_own(output: Path, arguments: Arguments, lock: RunLock, ranks: ProcessRanks) -> None:
+    """On rank 0, before a run of ours is read: nobody else writes to it, and what interrupted saves left is
+    gone (or back, where one was replacing a checkpoint).
+    """
+    if ranks.rank == 0 and (output / CONFIG_NAME).is_file() and not arguments.run.dry_run:
+        check_writable(output)
+        lock.take(output)
+        remove_leftovers(output)
+
+
+def is_finished(output: Path, checkpoint: Path) -> bool:
+    """Whether the run in `output` has taken its last step, so that only the model may be missing."""
+    if not checkpoint.resolve().is_relative_to(output.resolve()):
+        return False
+    step, of = steps_of(checkpoint)
+    return step >= of
+
+
+def close_finished(output: Path, checkpoint: Path, folder: Path, ranks: ProcessRanks) -> None:
+    """On rank 0: say that there is nothing to do, or write the model that a killed run did not come to."""
+    if ranks.rank:
+        return
+    if (output / RECORD_NAME).is_file():
+        print(f"the run in {output} is finished: {RECORD_NAME} and the model are there", flush=True)
+        return
+    for part in output.glob("*.safetensors*"):  # of a model whose record was never written
+        part.unlink()
+    finish(output, export_checkpoint(checkpoint, output, str(folder)))
 
 
 def check_agreement(arguments: Arguments, folder: Path, ranks: ProcessRanks) -> None:
@@ -146,7 +195,9 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: Pa
     run, data = arguments.run, arguments.data
     if not run.dry_run:
         check_writable(output)
-    if run.dry_run or not output.is_dir() or not any(output.iterdir()):
+    if run.dry_run or not output.is_dir():
+        return
+    if all(path.name == LOCK_NAME for path in output.iterdir()):
         return
     if goes_on(output, checkpoint, run.resume):
         return
@@ -189,24 +240,49 @@ class OpenRun(TrainerCallback):
     """Makes the run directory ready when training begins: the engine and the checkpoint are accepted by
     then, so that nothing old is deleted for a run that is refused."""
 
-    def __init__(self, output: Path, arguments: Arguments, goes_on: bool, ranks: ProcessRanks):
+    trainer: SparseSFTTrainer  # set when it is there
+
+    def __init__(
+        self,
+        output: Path,
+        arguments: Arguments,
+        goes_on: bool,
+        ranks: ProcessRanks,
+        checkpoint: Path | None,
+        lock: RunLock,
+    ):
         self.output, self.arguments, self.ranks = output, arguments, ranks
+        self.goes_on, self.checkpoint, self.lock = goes_on, checkpoint, lock
         self.old: list[Path] = []
         if output.is_dir():
             # Of a run that goes on only the model, which is made anew; of one that is replaced, all.
             model = [*output.glob("*.safetensors*"), output / RECORD_NAME]
-            self.old = model if goes_on else list(output.iterdir())
+            everything = [p for p in output.iterdir() if p.name != LOCK_NAME]
+            self.old = model if goes_on else everything
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.ranks.rank == 0:
-            for old in self.old:
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            if self.output.is_dir():
-                remove_leftovers(self.output)  # of saves that were interrupted
-            self.output.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(resolved(self.arguments), sort_keys=False)
-            (self.output / CONFIG_NAME).write_text(text)
-        self.ranks.barrier()
+        all_or_none(self.ranks, lambda: self._make_ready(state.global_step))
+        if self.checkpoint is not None:
+            self.trainer.resume_loss(self.checkpoint)
+            # For messages: Trainer's folder, not the engine's in it.
+            self.trainer.model_wrapped.seft.last_checkpoint = self.checkpoint
+
+    def _make_ready(self, step: int) -> None:
+        """On rank 0: what is old goes, what is needed is made. step: from which the run goes on."""
+        if self.ranks.rank:
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.lock.take(self.output)
+        for old in self.old:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        if self.goes_on:
+            for path in set_aside(checkpoints_in(self.output), step):
+                print(
+                    f"warning: the run goes on from step {step}; kept aside: {path}",
+                    file=sys.stderr,
+                )
+        text = yaml.safe_dump(resolved(self.arguments), sort_keys=False)
+        (self.output / CONFIG_NAME).write_text(text)
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -44,6 +45,8 @@ def attach_model(
     agree(ranks, config.model_dump(), 'the "seft" settings')
     targets = attach_slots(model, config, ranks)
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if Path(source).is_dir():  # a later export may run in another directory
+        source = str(Path(source).resolve())
     frozen = {n: p for n, p in model.named_parameters() if not n.endswith((DELTA, POSITION))}
     attached = Attached(
         targets, config, ranks, source, on_engine, model_fingerprints(frozen, ranks)

@@ -24,7 +24,15 @@ def test_only_a_dead_makers_lock_is_removed(
             os.utime(lock, (old, old))
     other = tmp_path / "dead" / "module.so"
     other.touch()
+    young = locks.pop(2)
+    young.rename(tmp_path / "young-lock")
     with open(tmp_path / "live" / "lock"):
-        assert sorted(clear_stale_locks()) == sorted([locks[0], locks[3]])
-    assert [lock.exists() for lock in locks] == [False, True, True, False]
+        assert sorted(clear_stale_locks()) == sorted([locks[0], locks[2]])
+    assert [lock.exists() for lock in locks] == [False, True, False]
     assert other.exists()
+    locks[1].unlink()
+    (tmp_path / "young-lock").rename(young)
+    begin = time.monotonic()
+    young.touch()
+    assert clear_stale_locks(stale_s=2.0) == [young]  # waited for
+    assert time.monotonic() - begin > 1.5
