@@ -17,29 +17,38 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from seft_ds.checkpoint.manifest import MANIFEST_NAME, aside_of
 from seft_ds.signals import BURST_S
 
-# Kinds, in the words of the table.
-KILL = "SIGKILL of one rank"
-KILL_ALL = "SIGKILL of both ranks"
-TERM = "SIGTERM to one rank"
-USR1 = "SIGUSR1 to one rank"
-TWICE = "SIGTERM twice to a rank that waits for a slow peer"
-ERROR = "exception on one rank"
-EIO = "write error on one rank"
-FULL = "disk full"
-READ_ONLY = "output turns read-only"
-DAMAGE = "newest checkpoint damaged"
-NAN = "NaN loss on one rank"
-NAN_STOP = "NaN loss on one rank, SIGTERM in the next step"
-NAN_MANY = "NaN loss in more steps than allowed"
-SETTINGS = 'one rank has another "seft" setting'
-WEIGHTS = "one rank has another weight"
-NEEDS_MOUNT = (FULL, READ_ONLY)
+
+class Kind(Enum):
+    """What is done, in the words of the table."""
+
+    KILL = "SIGKILL of one rank"
+    KILL_ALL = "SIGKILL of both ranks"
+    KILL_BUSY = "SIGKILL of one rank while its peer is busy for 30 s"
+    TERM = "SIGTERM to one rank"
+    USR1 = "SIGUSR1 to one rank"
+    TWICE = "SIGTERM twice to a rank that waits for a slow peer"
+    RUNTIME_ERROR = "RuntimeError on one rank"
+    KEY_ERROR = "KeyError on one rank"
+    EIO = "write error on one rank"
+    FULL = "disk full"
+    READ_ONLY = "output turns read-only"
+    DAMAGE = "newest checkpoint damaged"
+    NAN = "NaN loss on one rank"
+    NAN_STOP = "NaN loss on one rank, SIGTERM in the next step"
+    NAN_MANY = "NaN loss in more steps than allowed"
+    SETTINGS = 'one rank has another "seft" setting'
+    WEIGHTS = "one rank has another weight"
+
+
+FROM_ITS_PEER = (Kind.KILL_BUSY, Kind.TWICE)  # the peer is slow at the moment, and strikes then
+NEEDS_MOUNT = (Kind.FULL, Kind.READ_ONLY)
 
 LAST_WORDS = "row 7 of the data can't be read"  # of a rank that ends by an exception
 ALLOWED_NAN = 2  # max_skipped_steps of all sessions
@@ -50,7 +59,7 @@ class Moment:
     """A call of a function, by the name that its caller uses: "module:name" or "module:Class.name"."""
 
     place: str
-    call: int = 1  # the how-manieth of a step
+    call: int = 1  # the first, second ... of a step
     returns: bool = False  # when it comes back, not when it is called
     on_rank_0: bool = False  # only rank 0 comes by, and hurts the other from there
 
@@ -66,8 +75,13 @@ MOMENTS = {
     "save, before the seal": Moment("seft_ds.checkpoint.together:seal", on_rank_0=True),
     "save, before the rename": Moment("seft_ds.checkpoint.together:publish", on_rank_0=True),
     "save, before `latest`": Moment("seft_ds.checkpoint.hooks:_point_to", on_rank_0=True),
-    "save, no room": Moment("benchmarks.fault_session:save", on_rank_0=True),
-    "save, room for half of it": Moment("benchmarks.fault_session:save", on_rank_0=True),
+    "before a save": Moment("benchmarks.fault_session:save", on_rank_0=True),
+    "before a save, no room": Moment("benchmarks.fault_session:save", on_rank_0=True),
+    "before a save, room for half": Moment("benchmarks.fault_session:save", on_rank_0=True),
+    # 1: the manifest; 2: the older one steps aside; 3: the new one takes its place.
+    "save over an older one, between the renames": Moment(
+        "seft_ds.checkpoint.manifest:os.replace", call=3, on_rank_0=True
+    ),
     "loading a checkpoint": Moment("seft_ds.checkpoint.hooks:load_state"),
     "in a window": Moment("benchmarks.fault_session:loss_of", call=2, returns=True),
     "at the start": Moment("benchmarks.fault_session:start"),
@@ -79,7 +93,7 @@ MOMENTS = {
 class Fault:
     """One fault. It strikes at the first call of its moment in or after its step."""
 
-    kind: str
+    kind: Kind
     moment: str  # of MOMENTS, or of DAMAGES
     stage: int  # ZeRO
     bf16: bool
@@ -88,12 +102,18 @@ class Fault:
 
     def __str__(self) -> str:
         where = f"ZeRO-{self.stage}, {'bf16' if self.bf16 else 'fp32'}"
-        return f"{self.kind}, {self.moment} (rank {self.rank}, step {self.step}, {where})"
+        return f"{self.kind.value}, {self.moment} (rank {self.rank}, step {self.step}, {where})"
 
     @property
     def on_resume(self) -> bool:
-        """Whether there has to be a checkpoint before it can strike."""
-        return self.kind == DAMAGE or self.moment in ("loading a checkpoint", "at a resume")
+        """Whether a session that was stopped has to come before it."""
+        waits = ("loading a checkpoint", "at a resume")
+        return self.kind == Kind.DAMAGE or self.moment in waits or self.saves_again
+
+    @property
+    def saves_again(self) -> bool:
+        """Whether it strikes a run that went back, and comes to write a checkpoint that is there."""
+        return self.moment == "save over an older one, between the renames"
 
 
 # In a rank.
@@ -105,9 +125,9 @@ class Injector:
     def __init__(self, fault: Fault, home: Path, run_dir: Path, rank: int) -> None:
         self.fault, self.home, self.run_dir, self.rank = fault, home, run_dir, rank
         self.moment = MOMENTS[fault.moment]
-        self.times = ALLOWED_NAN + 1 if fault.kind == NAN_MANY else 1
+        self.times = ALLOWED_NAN + 1 if fault.kind == Kind.NAN_MANY else 1
         self._step = self._calls = 0
-        striker = 1 - fault.rank if fault.kind == TWICE else fault.rank  # the slow peer
+        striker = 1 - fault.rank if fault.kind in FROM_ITS_PEER else fault.rank
         if rank == (0 if self.moment.on_rank_0 else striker):
             _wrap(self.moment.place, self._wrapped)
 
@@ -124,7 +144,7 @@ class Injector:
             self.times -= 1
             result = function(*args, **kwargs) if self.moment.returns else None
             print(f"\nstruck at {time.monotonic()}", flush=True)
-            if self.fault.kind in (NAN, NAN_MANY):
+            if self.fault.kind in (Kind.NAN, Kind.NAN_MANY):
                 return result * float("nan")
             STRIKES[self.fault.kind](self)
             return result if self.moment.returns else function(*args, **kwargs)
@@ -140,6 +160,11 @@ def _kill_all(injector: Injector) -> None:
     injector.send(injector.rank, signal.SIGKILL)
 
 
+def _kill_and_be_busy(injector: Injector) -> None:
+    injector.send(injector.fault.rank, signal.SIGKILL)
+    time.sleep(30)
+
+
 def _send_twice(injector: Injector) -> None:
     injector.send(injector.fault.rank, signal.SIGTERM)
     time.sleep(BURST_S + 0.3)
@@ -147,8 +172,8 @@ def _send_twice(injector: Injector) -> None:
     injector.send(injector.fault.rank, signal.SIGTERM)
 
 
-def _fail(injector: Injector) -> None:
-    raise RuntimeError(LAST_WORDS)
+def _fail(error: type[Exception]) -> NoReturn:
+    raise error(LAST_WORDS)
 
 
 def _fail_to_write(injector: Injector) -> None:
@@ -163,22 +188,30 @@ def _fill(injector: Injector) -> None:
     with open(filler, "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
-    if injector.fault.moment == "save, room for half of it":
+    if injector.fault.moment == "before a save, room for half":
         os.truncate(filler, filler.stat().st_size - room)
 
 
-STRIKES: dict[str, Callable[[Injector], None]] = {
-    KILL: lambda i: i.send(i.fault.rank, signal.SIGKILL),
-    KILL_ALL: _kill_all,
-    TERM: lambda i: i.send(i.fault.rank, signal.SIGTERM),
-    USR1: lambda i: i.send(i.fault.rank, signal.SIGUSR1),
-    TWICE: _send_twice,
-    ERROR: _fail,
-    EIO: _fail_to_write,
-    FULL: _fill,
-    READ_ONLY: lambda i: mount("-o", "remount,ro", str(i.run_dir)),
-    SETTINGS: lambda i: None,  # `fault_session.start` does it
-    WEIGHTS: lambda i: None,
+def _turn_read_only(injector: Injector) -> None:
+    """By a second mount over the first, which has files open for writing and so can't be changed."""
+    mount("--bind", str(injector.run_dir), str(injector.run_dir))
+    mount("-o", "remount,bind,ro", str(injector.run_dir))
+
+
+STRIKES: dict[Kind, Callable[[Injector], None]] = {
+    Kind.KILL: lambda i: i.send(i.fault.rank, signal.SIGKILL),
+    Kind.KILL_ALL: _kill_all,
+    Kind.KILL_BUSY: _kill_and_be_busy,
+    Kind.TERM: lambda i: i.send(i.fault.rank, signal.SIGTERM),
+    Kind.USR1: lambda i: i.send(i.fault.rank, signal.SIGUSR1),
+    Kind.TWICE: _send_twice,
+    Kind.RUNTIME_ERROR: lambda i: _fail(RuntimeError),
+    Kind.KEY_ERROR: lambda i: _fail(KeyError),
+    Kind.EIO: _fail_to_write,
+    Kind.FULL: _fill,
+    Kind.READ_ONLY: _turn_read_only,
+    Kind.SETTINGS: lambda i: None,  # `fault_session.start` does it
+    Kind.WEIGHTS: lambda i: None,
 }
 
 
@@ -220,16 +253,21 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+class NoMount(Exception):
+    """Mounting isn't allowed here."""
+
+
 def mount(*arguments: str) -> None:
-    """OSError where this is not allowed."""
+    if shutil.which("mount") is None:
+        raise NoMount("no command mount")
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise OSError(done.stderr.strip())
+        raise NoMount(done.stderr.strip())
 
 
 @contextmanager
 def place_for(fault: Fault, run_dir: Path) -> Iterator[None]:
-    """The run's folder; for faults of the disk a small disk of its own. OSError where none can be had."""
+    """The run's folder; for faults of the disk a small disk of its own. NoMount where none can be had."""
     run_dir.mkdir(parents=True)
     if fault.kind not in NEEDS_MOUNT:
         yield
@@ -238,12 +276,13 @@ def place_for(fault: Fault, run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(run_dir)], check=True)
+        while run_dir.is_mount():
+            subprocess.run(["umount", str(run_dir)], check=True)
 
 
 def mend(fault: Fault, run_dir: Path) -> None:
     """What an administrator does before the run is started again."""
-    if fault.kind == FULL:
+    if fault.kind == Kind.FULL:
         (run_dir / "filler").unlink()
-    if fault.kind == READ_ONLY:
-        mount("-o", "remount,rw", str(run_dir))
+    if fault.kind == Kind.READ_ONLY:
+        subprocess.run(["umount", str(run_dir)], check=True)

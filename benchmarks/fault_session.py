@@ -16,13 +16,13 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.fault_kinds import ALLOWED_NAN, SETTINGS, WEIGHTS, Fault, Injector
+from benchmarks.fault_kinds import ALLOWED_NAN, Fault, Injector, Kind
 
 RANKS = 2
 STEPS = 14
@@ -41,6 +41,7 @@ class Job:
     bf16: bool
     faults: tuple[Fault, ...] = ()
     left_out: int = 0  # a step that is only counted; 0: none
+    resume: str = "auto"  # or a checkpoint: as in a loop of one's own, which writes over later ones
 
 
 @dataclass
@@ -144,27 +145,28 @@ def _be_rank(job: Job, rank: int, port: int) -> NoReturn:
 
 def repair(job: Job, rank: int) -> None:
     """A run from its newest whole checkpoint to its end, or to where it is stopped."""
-    from seft_ds.checkpoint.manifest import remove_leftovers
+    from seft_ds.distributed.agreement import all_or_none
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers
     from seft_ds.signals import watch_signals
     from seft_ds.train.resume import find_checkpoint
+    from seft_ds.train.run_dir import RunLock
     from tests.checkpoint.saved import whole_state
 
     injectors = [Injector(fault, job.home, job.run_dir, rank) for fault in job.faults]
     ranks = init_ranks()
     watch = watch_peers(ranks)
-    checkpoint = find_checkpoint("auto", job.run_dir, ranks)
+    lock = RunLock()
+    all_or_none(ranks, lambda: take_own(job.run_dir, lock, rank))
+    checkpoint = find_checkpoint(job.resume, job.run_dir, ranks)
     engine = start(job, rank)
     seft = engine.seft
     seft.stop_request = watch_signals()
+    seft.listeners.append(lambda record: tell_skipped(record, rank))
     watch.hint = lambda: f"the same command goes on from {seft.last_checkpoint}"
     if checkpoint is not None:
         engine.load_checkpoint(str(checkpoint.parent), checkpoint.name)
-    if rank == 0:
-        remove_leftovers(job.run_dir)
-        print(f"goes on from {checkpoint.name if checkpoint else ''}", flush=True)
-    ranks.barrier()
+    all_or_none(ranks, lambda: make_ready(job, checkpoint, seft.step, rank))
     while seft.step < STEPS:
         step = seft.step + 1
         for injector in injectors:
@@ -185,6 +187,25 @@ def repair(job: Job, rank: int) -> None:
     close_ranks()
 
 
+def take_own(run_dir: Path, lock: Any, rank: int) -> None:
+    from seft_ds.checkpoint.manifest import remove_leftovers
+
+    if rank == 0:
+        lock.take(run_dir)
+        remove_leftovers(run_dir)
+
+
+def make_ready(job: Job, checkpoint: Path | None, step: int, rank: int) -> None:
+    """Later checkpoints step aside; not in a run that was sent back, to see what it does to them."""
+    from seft_ds.checkpoint.manifest import checkpoints_in
+    from seft_ds.train.run_dir import set_aside
+
+    if rank == 0:
+        if job.resume == "auto":
+            set_aside(checkpoints_in(job.run_dir), step)
+        print(f"goes on from {checkpoint.name if checkpoint else ''}", flush=True)
+
+
 def start(job: Job, rank: int) -> Any:
     """A new engine on the pruned model. Here a rank that disagrees gets its own setting or weight."""
     import seft_ds
@@ -202,9 +223,9 @@ def start(job: Job, rank: int) -> Any:
         "params": {"total_num_steps": STEPS, "warmup_num_steps": 3, "warmup_max_lr": 5e-3},
     }
     for fault in job.faults:
-        if fault.kind == SETTINGS and fault.rank == rank:
+        if fault.kind == Kind.SETTINGS and fault.rank == rank:
             settings["seft"]["interval"] += 1
-        if fault.kind == WEIGHTS and fault.rank == rank:
+        if fault.kind == Kind.WEIGHTS and fault.rank == rank:
             model.model.norm.weight.data[5] += 0.01
     torch.manual_seed(0)
     return seft_ds.initialize(model=model, config=settings)[0]
@@ -243,6 +264,11 @@ def save(engine: Any, run_dir: Path, step: int) -> None:
             shutil.rmtree(old)
 
 
+def tell_skipped(record: dict, rank: int) -> None:
+    if rank == 0 and record["kind"] == "skipped":
+        print(f"skipped step {record['step']}", flush=True)
+
+
 def tell_stop(seft: Any, step: int) -> None:
     names = [n for n in seft.ranks.gather_object(seft.stop_request.name) if n]
     if seft.ranks.rank == 0:
@@ -262,12 +288,16 @@ def prepare() -> None:
         "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.bf16_optimizer",
         "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2",
         "deepspeed.runtime.superoffload.superoffload_stage3",
-        "deepspeed.runtime.zero.muon.muon_optimizer", "seft_ds.checkpoint.hooks",
-        "seft_ds.train.resume", "tests.checkpoint.saved", "tests.zero.test_skip",
+        "deepspeed.runtime.zero.muon.muon_optimizer", "seft_ds.api",
+        "seft_ds.checkpoint.hooks", "seft_ds.train.resume", "seft_ds.train.run_dir",
+        "tests.checkpoint.saved", "tests.zero.test_skip",
     ):  # fmt: skip
         importlib.import_module(name)
-    from seft_ds import initialize  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
+
     from tests.tiny import tiny_model
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its extension for CPUs too: where it has to be compiled, ranks would wait a minute for each other.
+    build_shm_op()
     tiny_model("llama")  # transformers imports a model's code when it is first made

@@ -34,13 +34,20 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"drop_fraction": -0.1}, "drop_fraction = -0.1"),
         ({"grow": "magic"}, "'magnitude' or 'random'"),
         ({"window": True}, "not true or false"),
+        ({"window": 10**9}, "window = 1000000000"),  # a run would loop over it
+        ({"seed": 2**70}, "seed = "),
+        ({"trainable": 10**400}, "trainable = "),
+        ({"density": float("nan")}, "density = nan"),
+        ({"targets": [[[[]]]]}, "targets"),
+        ({"x" * 10**6: 1}, "unknown setting"),
+        ({"grow": "x" * 10**6}, "'magnitude' or 'random'"),
         ("on", "must be an object"),
     ],
 )
 def test_bad_blocks_say_what_to_change(block, said: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_seft(block)
-    assert said in str(error.value)
+    assert said in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_defaults_and_overrides() -> None:
@@ -62,6 +69,43 @@ def test_deepspeed_config_without_zero_or_file(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"zero')
     with pytest.raises(ValueError, match="is not JSON"):
         load_deepspeed_config(tmp_path / "torn.json")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[]", "JSON object"),
+        ('["zero_optimization"]', "JSON object"),
+        ('{"zero_optimization": 5}', '"zero_optimization" = 5'),
+        ('{"zero_optimization": {"stage": "3"}}', "'3'"),
+        ('{"zero_optimization": {"stage": true}}', "True"),
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": {}}', "twice"),
+        ('{"zero_optimization": {}, "gradient_clipping": NaN}', "NaN"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_deepspeed_configs(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_deepspeed_config(tmp_path / "c.json")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("value", [object(), {1: {2}}, float, b"x"])
+def test_a_dict_that_is_no_json(value) -> None:
+    with pytest.raises(ValueError, match="DeepSpeed config"):
+        load_deepspeed_config({"zero_optimization": {"stage": 3}, "x": value})
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5, "8", True, [], {}])
+def test_batch_sizes_are_whole_numbers(value) -> None:
+    for name in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
+        with pytest.raises(ValueError, match=name):
+            check_batch_sizes({name: value}, 1)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,10 @@ def dumps(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    text = dumps(value)
+    try:
+        text = dumps(value)
+    except TypeError:
+        text = str(type(value))
     return text if len(text) < 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
@@ -237,7 +241,10 @@ def stretch(rng: Random, path: Path, root: Path) -> str:
     keep = rng.random() < 0.5
     if not keep:
         path.write_bytes(b"")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
     os.truncate(path, HUGE_BYTES)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "a terabyte of zeros" + (" after the contents" if keep else "")
 
 

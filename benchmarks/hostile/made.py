@@ -14,6 +14,7 @@ from tests.ranks import run_processes
 from tests.tiny import dense_model, prune_, tiny_model
 
 STEPS = (5, 10)  # of the checkpoints of each run
+NEWEST, TAG = "checkpoint-10", "global_step10"
 # The name of a run, the model, bf16, and what checkpoints hold of the base model.
 RUNS = (
     ("copy", "llama", False, "copy"),
@@ -29,6 +30,10 @@ def make_all(home: Path) -> None:
     run_processes(2, make_runs, str(home))
     for name, *_ in RUNS:
         for step in STEPS:
+            state = {"global_step": step, "max_steps": 20, "epoch": 0.5, "log_history": []}
+            (home / name / f"checkpoint-{step}" / "trainer_state.json").write_text(
+                json.dumps(state)
+            )
             reseal(home / name / f"checkpoint-{step}")
     make_data(home / "data")
     make_journal(home / "run" / "journal.jsonl")

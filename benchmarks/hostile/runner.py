@@ -24,11 +24,14 @@ from random import Random
 from typing import Any
 
 from seft_ds.errors import RunError
+from tests.ranks import free_port
 
 SECONDS = 20.0  # for one input in a worker
 ADDRESS_BYTES = 4 << 30  # that a worker may map beyond what it starts with
 GROWN_BYTES = 512 << 20  # that one input may add to a worker's peak of memory in use
+FILE_BYTES = 1 << 30  # that a worker may write into one file: a hole that is copied fills a disk
 MESSAGE_LENGTH = 2000
+NOTE = "what-is-wrong"
 MARKER = "code-ran"  # what hostile files would make in their folder
 
 
@@ -57,6 +60,7 @@ class Outcome:
     verdict: str
     text: str
     seconds: float = 0.0
+    what: str = ""  # what was wrong with the input
 
 
 def judge(sources: list[Source], index: int, seed: str, place: Path) -> Outcome:
@@ -77,7 +81,9 @@ def judge(sources: list[Source], index: int, seed: str, place: Path) -> Outcome:
     except SystemExit as error:
         text = printed.getvalue()
         good = error.code == 2 and "error:" in text and "Traceback" not in text
-        verdict, text = ("refused", text) if good else ("wrong", f"exit {error.code}: {text[-500:]}")
+        verdict, text = (
+            ("refused", text) if good else ("wrong", f"exit {error.code}: {text[-500:]}")
+        )
     except BaseException as error:
         verdict, text = "wrong", _origin(error)
     if (place / MARKER).exists() or (place / "in" / MARKER).exists():
@@ -87,8 +93,15 @@ def judge(sources: list[Source], index: int, seed: str, place: Path) -> Outcome:
         verdict, text = "wrong", f"{grown >> 20} MiB of memory for it; {text}"
     os.environ.clear()
     os.environ.update(environment)
+    noted = place / "in" / NOTE
+    what = noted.read_text() if noted.is_file() else ""
     _delete(place)
-    return Outcome(index, seed, verdict, text[:MESSAGE_LENGTH], time.monotonic() - start)
+    return Outcome(index, seed, verdict, text[:MESSAGE_LENGTH], time.monotonic() - start, what)
+
+
+def note(place: Path, what: str) -> None:
+    """Leave in words what is wrong with the input, for the report."""
+    (place / NOTE).write_text(what[:500], errors="replace")
 
 
 def _unclear(error: BaseException, text: str, names: tuple[str, ...]) -> str | None:
@@ -209,6 +222,7 @@ def _serve(sources: list[Source], folder: Path, pipe: Connection, parents: Conne
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory()
+    _announce_one_rank()
     quiet = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     os.dup2(quiet.fileno(), 1)
     os.dup2(quiet.fileno(), 2)
@@ -222,7 +236,16 @@ def _serve(sources: list[Source], folder: Path, pipe: Connection, parents: Conne
         os._exit(0)  # without the exit handlers of the program that was forked
 
 
+def _announce_one_rank() -> None:
+    """For the engines of this worker: a run of one rank."""
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
+    )  # fmt: skip
+
+
 def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, resource.RLIM_INFINITY))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + ADDRESS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -73,32 +73,31 @@ def _check_target(pieces: Pieces, i: int) -> int:
 def _weights_fit(
     pieces: Pieces, i: int, live: torch.Tensor, start: torch.Tensor, position: torch.Tensor
 ) -> bool:
-    """Are dead positions +0.0, and is all that can differ from the base model marked so?"""
+    """Are weights finite, dead positions +0.0, and all that can differ from the base model marked so?"""
     n = live.numel()
     if pieces.meta.base == "copy":
-        dead = pieces.weight(i, 0, n)[~live]
-        return not bool((dead != 0).any() | torch.signbit(dead).any())
+        weight = pieces.weight(i, 0, n)
+        return bool(weight.isfinite().all()) and _all_zero(weight[~live])
     at, value = pieces.touched(i, 0, n)
     touched = mask.unpack(pieces.bits(i, "touched_bits", 0, n), n)
-    dead = value[~live[at]]
-    unmarked = (live ^ start) & ~touched
-    return bool(touched[position].all()) and not bool(
-        (dead != 0).any() | torch.signbit(dead).any() | unmarked.any()
-    )
+    marked = touched[position].all() & ~((live ^ start) & ~touched).any()
+    return bool(marked & value.isfinite().all()) and _all_zero(value[~live[at]])
+
+
+def _all_zero(values: torch.Tensor) -> bool:
+    """+0.0 everywhere, and not -0.0."""
+    return not bool((values != 0).any() | torch.signbit(values).any())
 
 
 def _values_fit(pieces: Pieces, i: int) -> bool:
-    """Are there numbers? A run skips what isn't finite. Squares are not negative."""
+    """Are they what a run computes, which takes no step that isn't finite? Sums of squares may overflow."""
     meta = pieces.meta
-    k = meta.targets[i].n_slots
-    values = {
-        n: pieces.by_slot(i, n, 0, k) for n in ("delta", *(f"moment.{m}" for m in meta.moments))
-    }
+    k, n = meta.targets[i].n_slots, meta.targets[i].target().numel
+    names = ["delta", *(f"moment.{m}" for m in meta.moments)]
+    values = {name: pieces.by_slot(i, name, 0, k) for name in names}
     if meta.window_steps[i] is not None:
-        n = meta.targets[i].target().numel
         values |= {name: pieces.window(i, name, 0, n) for name in ("G", "Q")}
-    squares = ("moment.exp_avg_sq", "Q")
-    return not any(
-        bool(x.isnan().any()) or (name in squares and bool((x < 0).any()))
+    return all(
+        bool((x >= 0).all() if name in ("moment.exp_avg_sq", "Q") else x.isfinite().all())
         for name, x in values.items()
     )

@@ -70,7 +70,10 @@ def carry_state(engine: Any, source_dir: str) -> None:
         directory = find_tag(Path(load_dir)) if tag is None else Path(load_dir) / str(tag)
         meta = read_meta(directory)
         check_listed(directory, meta)
-        check_same_run(seft, meta)  # cheap, before all files are read
+        try:
+            check_same_run(seft, meta)  # cheap, before all files are read
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
         check_together(seft.ranks, directory)
         client_state = load_state(seft, directory, meta)
         seft.last_checkpoint = directory

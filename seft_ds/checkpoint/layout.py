@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seft_ds.checkpoint.manifest import hash_file, read_manifest
 from seft_ds.config import SeftConfig, parse_seft
-from seft_ds.json_file import read_text, shown
+from seft_ds.json_file import printable, read_text, shown
 from seft_ds.optim.adamw import MOMENTS
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
@@ -212,11 +212,11 @@ def read_meta(directory: Path) -> CheckpointMeta:
         meta = CheckpointMeta.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])[:100]
+        where = printable(".".join(str(part) for part in first["loc"]), 100)
         raise ValueError(f"{path} is damaged: {where}: {first['msg']}") from None
     problem = meta.problem()
     if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
+        raise ValueError(f"{path} is damaged: {printable(problem, 500)}")
     return meta
 
 
@@ -229,10 +229,13 @@ def check_listed(directory: Path, meta: CheckpointMeta) -> None:
     for name in wanted:
         if name not in listed:
             raise ValueError(f"{directory}: its manifest does not list {name}; it is damaged")
-    if hash_file(directory / META_NAME) != listed[META_NAME]:
-        raise ValueError(
-            f"{directory / META_NAME} is not what was written; the checkpoint is damaged"
-        )
+    path = directory / META_NAME
+    try:
+        found: object = hash_file(path)
+    except OSError as error:  # a link, say
+        found = error
+    if found != listed[META_NAME]:
+        raise ValueError(f"{path} is not what was written ({found}); the checkpoint is damaged")
 
 
 def find_tag(checkpoint: Path) -> Path:

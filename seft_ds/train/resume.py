@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from seft_ds.checkpoint.layout import find_tag, read_meta
 from seft_ds.checkpoint.manifest import checkpoints_in
 from seft_ds.checkpoint.together import check_together
 from seft_ds.distributed.collectives import Ranks
+from seft_ds.json_file import read_object, shown
 
 
 def find_checkpoint(resume: str, output: Path, ranks: Ranks) -> Path | None:
@@ -81,12 +81,15 @@ def steps_of(checkpoint: Path) -> tuple[int, int]:
     """(steps taken, steps of the whole run) of a Trainer's checkpoint. ValueError if it doesn't say."""
     path = checkpoint / "trainer_state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return int(state["global_step"]), int(state["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        state = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} is no checkpoint of launch/finetune.py: {error}") from None
+    steps, of = state.get("global_step"), state.get("max_steps")
+    if type(steps) is not int or type(of) is not int or not 0 <= steps <= of < 1 << 53:
         raise ValueError(
-            f"{checkpoint} is no checkpoint of launch/finetune.py: {path.name} can't be read ({error})"
-        ) from None
+            f"{path} says step {shown(steps)} of {shown(of)}; the checkpoint is damaged"
+        )
+    return steps, of
 
 
 def _first_good(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -65,6 +66,34 @@ def test_damage_before_the_last_line_is_an_error_with_its_number(tmp_path):
     path.write_text('{"kind": "run"}\n[1]\n')  # whole, but no record
     with pytest.raises(ValueError, match="line 2"):
         read_journal(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[" * 100_000, b'{"kind": "step", "step": "1"}', b'{"kind": "step", "step": 1, "loss": "x"}',
+     b'{"kind": "step", "step": 1, "loss": NaN}', b'{"kind": "step", "step": 1, "loss": 1e999}',
+     b'{"kind": "event", "step": 1}', b'{"kind": "run", "targets": [{}]}', b'{"kind": "run", "targets": {}}',
+     b'{"kind": "run", "targets": [{"name": "a", "shape": ["x"]}]}',
+     b'{"kind": "run", "config": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}"],
+)  # fmt: skip
+def test_records_that_readers_could_not_use(tmp_path, line):
+    path = tmp_path / "j"
+    path.write_bytes(b'{"kind": "run"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_journal(path)
+    path.write_bytes(b'{"kind": "run"}\n' + line)  # torn, for all that is known
+    assert [r["kind"] for r in read_journal(path)] == ["run"]
+
+
+def test_zeros_after_the_last_line_are_not_read_at_once(tmp_path):
+    path = tmp_path / "j"
+    path.write_bytes(b'{"kind": "run"}\n')
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match="line 2"):
+        read_journal(path)
+    path.write_bytes(b'{"kind": "run"}\n' + b"\x00" * (3 << 20))
+    Journal(path).close()
+    assert path.read_bytes() == b'{"kind": "run"}\n'
 
 
 def test_a_missing_journal_is_an_error_and_an_empty_one_is_empty(tmp_path):

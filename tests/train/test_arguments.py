@@ -1,0 +1,78 @@
+"""Recipes and flags that can't be meant: refused before anything is built from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from seft_ds.train.arguments import model_dtype, parse
+
+BOMB = "a0: &a0 [x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+)
+
+
+def base(folder: Path) -> list[str]:
+    (folder / "text.txt").write_text("a text\n")
+    (folder / "model").mkdir(exist_ok=True)
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
+    (folder / "ds.json").write_text(json.dumps(config))
+    return [
+        "--model_name_or_path", str(folder / "model"), "--train_file", str(folder / "text.txt"),
+        "--output_dir", str(folder / "out"), "--deepspeed", str(folder / "ds.json"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, BOMB + "seft: {targets: *a29}\n", "a: &a [*a]\n", "a: !!python/object/apply:os.getcwd []\n",
+     "a: !!int x\n", "a: !!bool x\n", "a: !!timestamp x\n", "a: 2026-13-45\n", "a: \x00\n", "a: 'b\n",
+     "a: " + "9" * 5000 + "\n", "seft: " + "[" * 5000, "? [a]\n: 1\n", "- a\n"],
+)  # fmt: skip
+def test_bad_recipes_name_their_file(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match="r.yaml") as caught:
+        parse(["--config", str(recipe), *base(tmp_path)])
+    assert type(caught.value) is ValueError and len(str(caught.value)) < 1000
+
+
+def test_recipes_that_are_no_text(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes("max_steps: 5".encode("utf-16"))
+    with pytest.raises(ValueError, match="r.yaml"):
+        parse(["--config", str(recipe)])
+    recipe.unlink()
+    os.mkfifo(recipe)
+    with pytest.raises(ValueError, match="no such file"):
+        parse(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--learning_rate", "nan"], "--learning_rate nan: wanted a finite number"),
+        (["--max_grad_norm", "inf"], "--max_grad_norm inf"),
+        (["--accelerator_config", "none.json"], "transformers refuses"),
+        (["--seft.targets", "[" * 5000], "targets = "),
+        (["--seft.window", "9" * 5000], "window = "),
+        (["--train_file", "x" * 5000], "no such file"),
+        (["--output_dir", "a\x00b"], "NUL"),
+    ],
+)
+def test_bad_flags_are_named(tmp_path: Path, flags: list[str], said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse([*base(tmp_path), *flags])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"dtype": 5}', '{"dtype": {"a": "b"}}', "[" * 100_000]
+)
+def test_a_models_config_that_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json|dtype"):
+        model_dtype(str(tmp_path), "auto")
