@@ -127,7 +127,9 @@ def _is_like(saved: Any, mine: Any) -> bool:
     if isinstance(mine, (bool, str)):
         return type(saved) is type(mine)
     if mine is None or isinstance(mine, (int, float)):
-        return (saved is None) == (mine is None) and (saved is None or _is_number(saved))
+        # The same infinity, too: some schedulers start with one.
+        same = type(saved) is type(mine) and saved == mine
+        return same or (mine is not None and _is_number(saved))
     return type(saved) is type(mine)
 
 
