@@ -59,7 +59,7 @@ def plan(sources: list[Source], count: int, seed: int) -> list[tuple[int, str]]:
 def weight(source: Source) -> int:
     """How often a source takes its turn, by how many different inputs it can make."""
     if source.kind not in DAMAGE:
-        return 5
+        return 10 if source.kind == "forged tensors" else 5
     return 2 if source.kind in ("no plain file", "truncated", "bits flipped", "overwritten") else 1
 
 

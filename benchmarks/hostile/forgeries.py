@@ -63,7 +63,7 @@ def forge_meta(rng: Random, checkpoint: Path) -> str:
         document = json.loads(path.read_text())
         if way == 2:
             what = damage.add_field(rng, document)
-        elif way == 3:
+        elif way < 6:
             what = _bend(rng, document)
         else:
             what = damage.edit_field(rng, document)
@@ -140,7 +140,7 @@ def forge_tensors(rng: Random, checkpoint: Path) -> str:
     name = rng.choice(list(parts))
     code, shape, values = parts[name]
     way = rng.choice(
-        ["shape", "dtype", "missing", "extra", "values", "values", "values", "noise", "exchanged", "short"]
+        ["shape", "dtype", "missing", "extra", "noise", "exchanged", "short", *["values"] * 9]
     )  # fmt: skip
     what = way
     if way == "shape":
