@@ -13,6 +13,7 @@ from seft_ds.checkpoint.pieces import Pieces
 from seft_ds.checkpoint.verify import groups_off_pattern
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
+from seft_ds.optim.families import SQUARE, TOTAL
 from seft_ds.sparse import mask
 
 
@@ -97,7 +98,8 @@ def _values_fit(pieces: Pieces, i: int) -> bool:
     values = {name: pieces.by_slot(i, name, 0, k) for name in names}
     if meta.window_steps[i] is not None:
         values |= {name: pieces.window(i, name, 0, n) for name in ("G", "Q")}
+    squares = (f"moment.{SQUARE}", f"moment.{TOTAL}", "Q")
     return all(
-        bool((x >= 0).all() if name in ("moment.exp_avg_sq", "Q") else x.isfinite().all())
+        bool((x >= 0).all() if name in squares else x.isfinite().all())
         for name, x in values.items()
     )

@@ -17,6 +17,7 @@ any number of ranks under any ZeRO stage can read what it needs. For target i (i
     i.slots.position, .slot, .base, .born_dead    the slots on the rank's positions, ascending
     i.window.G, .Q      open window's sums at the rank's positions
     i.delta, i.moment.NAME             fp32 master values and moments of the slots in slot_ranges
+    flat.k.absmax.NAME  scales of 8-bit moments, by block of the rank's k-th flat tensor
     i.fresh_slots       (rank 0) slots that the last event placed and no step has moved yet
     other.NAME          every other weight (base: copy) and buffer, flat, the rank's share
 
@@ -102,6 +103,7 @@ class CheckpointMeta(_Plain):
     others: list[OtherMeta]
     fingerprints: dict[Name, str]  # of the base model's weights, by name (zero/fingerprint.py)
     slot_ranges: list[list[list[int]]]  # [rank][target] = the slots [lo, hi) in that rank's file
+    flat_layouts: list[str]  # of each rank: a digest of which slots share 8-bit blocks
     moments: list[str]
     optimizer_steps: Annotated[float, Field(ge=0, le=_MOST)] | None
     window_steps: list[Size | None]  # of each target's open window; None: not open
@@ -126,6 +128,8 @@ class CheckpointMeta(_Plain):
         """What does not fit together, or None."""
         if len(self.slot_ranges) != self.ranks:
             return f"slot_ranges of {len(self.slot_ranges)} ranks, wanted {self.ranks}"
+        if len(self.flat_layouts) != self.ranks:
+            return f"flat_layouts of {len(self.flat_layouts)} ranks, wanted {self.ranks}"
         if len(self.window_steps) != len(self.targets):
             return f"window_steps of {len(self.window_steps)} targets, wanted {len(self.targets)}"
         if len(self.target_events) != len(self.targets) or min(self.target_events) < 0:

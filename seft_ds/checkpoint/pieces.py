@@ -120,6 +120,10 @@ class Pieces:
         ranges = [(r[i][0], r[i][1]) for r in self.meta.slot_ranges]
         return self._cut(ranges, f"{i}.{name}", lo, hi, torch.float32)
 
+    def block_scales(self, rank: int, k: int, name: str, blocks: int) -> torch.Tensor:
+        """fp32 (blocks,): the absmax of an 8-bit moment in the k-th flat tensor of one rank."""
+        return self._tensor(rank, f"flat.{k}.absmax.{name}", torch.float32, blocks)
+
     def fresh_slots(self, i: int) -> torch.Tensor | None:
         name = f"{i}.fresh_slots"
         if name not in self._file_names(0):

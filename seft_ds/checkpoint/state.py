@@ -10,6 +10,7 @@ which is loaded with `weights_only=True`: plain data and tensors, no code.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from dataclasses import asdict
@@ -39,6 +40,7 @@ from seft_ds.checkpoint.model import model_tensors
 from seft_ds.checkpoint.pieces import Pieces, index_dtype
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.window import Window
+from seft_ds.optim.families import FAMILIES, Blocks, family_of
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
 from seft_ds.zero import optimizer_state, shards
@@ -69,6 +71,8 @@ def save_state(
         if rank == 0 and state.fresh_slots is not None:
             found["fresh_slots"] = state.fresh_slots
         tensors |= {f"{i}.{name}": tensor for name, tensor in found.items()}
+    tensors |= _block_scales(seft)
+    layouts = seft.ranks.gather_object(_flat_layout(seft))
     for other, tensor in others:
         if other.buffer or base == "copy":
             tensors[f"other.{other.name}"] = _share(tensor, rank, size, seft)
@@ -77,6 +81,7 @@ def save_state(
     if rank == 0:
         kept = [other for other, _ in others if other.buffer or base == "copy"]
         meta = _meta(seft, kept, slot_ranges, moments, source_dir, base)
+        meta.flat_layouts = layouts
         text = json.dumps(meta.model_dump(), indent=1)
         written[META_NAME] = write_bytes(directory / META_NAME, text.encode())
         written[ENGINE_NAME] = write_bytes(
@@ -110,6 +115,22 @@ def _slot_values(
         assert moment is not None or saved[0] == saved[1], f"{state.target.name} has no {name}"
         values[f"moment.{name}"] = torch.empty(0) if moment is None else moment[cut].float()
     return values
+
+
+def _block_scales(seft: SparseEvolution) -> dict[str, torch.Tensor]:
+    """The absmax of 8-bit moments, block by block of this rank's flat tensors."""
+    return {
+        f"flat.{k}.absmax.{name}": moment.absmax
+        for k, flat in enumerate(optimizer_state.flats([s.slot_shard for s in seft.states]))
+        for name, moment in flat.moments().items()
+        if isinstance(moment, Blocks)
+    }
+
+
+def _flat_layout(seft: SparseEvolution) -> str:
+    """A digest of which slots share blocks on this rank."""
+    found = [f.layout() for f in optimizer_state.flats([s.slot_shard for s in seft.states])]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _tensors_of(state: WeightState, base: str) -> dict[str, torch.Tensor]:
@@ -183,6 +204,7 @@ def _meta(
         others=others,
         fingerprints=seft.base_fingerprints,
         slot_ranges=[[list(r) for r in ranges] for ranges in slot_ranges],
+        flat_layouts=[],
         moments=moments,
         # Rank 0 may hold no slot; then all steps were taken, so that the two counts agree.
         optimizer_steps=(
@@ -227,6 +249,7 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
         _restore_window(state, pieces, i, meta.window_steps[i])
         _restore_optimizer(state, pieces, i, meta)
         state.n_events = meta.target_events[i]
+    _restore_moments(seft, pieces, meta)
     _restore_buffers(seft, pieces, meta)
     restore_engine(seft.engine, engine_state)
     seft.step = meta.step
@@ -283,6 +306,12 @@ def check_same_run(seft: SparseEvolution, meta: CheckpointMeta) -> None:
     if dtype != meta.dtype:
         raise ValueError(
             f"the checkpoint was trained in {meta.dtype} and this run in {dtype}; give --dtype {meta.dtype}"
+        )
+    family = str(family_of(seft.states[0].slot_shard.optimizer))
+    if meta.moments and meta.moments != sorted(FAMILIES[family]):
+        raise ValueError(
+            f"the checkpoint's optimizer kept {meta.moments} of each slot, this run's ({family}) keeps "
+            f"{sorted(FAMILIES[family])}; resume with an optimizer of the same kind"
         )
     _check_settings(seft.config.model_dump(), meta.config)
     _check_base(seft, meta)
@@ -380,12 +409,28 @@ def _restore_optimizer(state: WeightState, pieces: Pieces, i: int, meta: Checkpo
         part.master.copy_(pieces.by_slot(i, "delta", part.lo, part.hi))
     if meta.optimizer_steps is None:
         part.forget()
-        return
-    part.prepare(meta.moments, meta.optimizer_steps)
-    for name in meta.moments:
-        moment = part.moment(name)
-        if moment is not None:
-            moment.copy_(pieces.by_slot(i, f"moment.{name}", part.lo, part.hi))
+    else:
+        part.prepare(meta.optimizer_steps)
+
+
+def _restore_moments(seft: SparseEvolution, pieces: Pieces, meta: CheckpointMeta) -> None:
+    """The optimizer's moments, flat tensor by flat tensor: 8-bit blocks hold slots of several targets.
+
+    Where the blocks are cut as they were, their scales are put back too, and with them every code.
+    Elsewhere the blocks are quantised anew.
+    """
+    rank = seft.ranks.rank
+    as_before = meta.ranks == seft.ranks.size and meta.flat_layouts[rank] == _flat_layout(seft)
+    for k, flat in enumerate(optimizer_state.flats([s.slot_shard for s in seft.states])):
+        for name, moment in flat.moments().items():
+            values = torch.zeros(flat.numel)
+            for i, part in flat.parts:
+                end = part.offset + part.hi - part.lo
+                values[part.offset : end] = pieces.by_slot(i, f"moment.{name}", part.lo, part.hi)
+            scales = None
+            if as_before and isinstance(moment, Blocks):
+                scales = pieces.block_scales(rank, k, name, moment.absmax.numel())
+            moment.assign(values, scales)
 
 
 def _restore_buffers(seft: SparseEvolution, pieces: Pieces, meta: CheckpointMeta) -> None:

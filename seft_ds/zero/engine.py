@@ -24,6 +24,7 @@ from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change, EventSettings, plan
 from seft_ds.distributed.selection import gather_lists
 from seft_ds.errors import RunError
+from seft_ds.optim.families import family_of
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
 from seft_ds.zero import optimizer_state, shards
@@ -423,15 +424,18 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
         "zero_quantized_weights": zero.zero_quantized_weights,
         "torch_autocast: use the bf16 section": engine.torch_autocast_enabled(),
         "offload_param": zero.offload_param is not None and zero.offload_param.device != "none",
-        "offload_optimizer": zero.offload_optimizer is not None
-        and zero.offload_optimizer.device != "none",
+        "offload_optimizer to nvme": zero.offload_optimizer is not None
+        and zero.offload_optimizer.device not in ("none", "cpu"),
         "tensor, pipeline or sequence parallel": engine.dp_world_size != engine.world_size,
     }
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if not isinstance(inner, (torch.optim.AdamW, torch.optim.Adam)):
-        wanted[f"the optimizer {type(inner).__name__}: use torch AdamW"] = True
-    elif any(group.get("amsgrad") for group in inner.param_groups):
-        wanted["amsgrad"] = True
+    if family_of(inner) is None:
+        wanted[
+            f"the optimizer {type(inner).__module__}.{type(inner).__name__}"
+            f"{' with amsgrad' if any(g.get('amsgrad') for g in inner.param_groups) else ''}, whose state "
+            "SEFT can't repair: use AdamW, Adam, Lion, Adagrad, or AdamW8bit, Lion8bit, AdEMAMix8bit of "
+            "bitsandbytes"
+        ] = True
     found = [name for name, present in wanted.items() if present]
     if found:
         raise ValueError(

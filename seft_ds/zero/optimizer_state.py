@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from seft_ds.optim import families
+from seft_ds.optim.families import Moment
 from seft_ds.sparse.shard import shard_range
 
 
@@ -32,6 +34,7 @@ class SlotShard:
     flat: torch.Tensor | None  # the tensor that the inner optimizer steps; None: no slot here
     offset: int  # where slot `lo` is in it
     optimizer: Any  # the inner optimizer, keyed by `flat`
+    group: int = 0  # its parameter group
 
     @property
     def master(self) -> torch.Tensor:
@@ -40,43 +43,115 @@ class SlotShard:
             return torch.empty(0)
         return self.flat.data.view(-1)[self.offset : self.offset + self.hi - self.lo]
 
-    def moment(self, name: str) -> torch.Tensor | None:
-        """A view of one moment of these slots, (hi - lo,); None before the first step."""
+    def moments(self) -> dict[str, Moment]:
+        """The optimizer's moments of the whole flat tensor, by name; empty before the first step."""
         state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
-        if name not in state:
-            return None
-        return state[name].view(-1)[self.offset : self.offset + self.hi - self.lo]
+        family = families.family_of(self.optimizer)
+        return families.moments_of(family, state) if family else {}
+
+    def moment(self, name: str) -> torch.Tensor | None:
+        """fp32 (hi - lo,): one moment of these slots, a view where it is kept so; None before a step."""
+        found = self.moments().get(name)
+        return found.read(self.offset, self.offset + self.hi - self.lo) if found else None
 
     def moment_names(self) -> list[str]:
         """What the optimizer keeps per slot, sorted; empty before the first step."""
-        state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
-        return sorted(n for n, x in state.items() if torch.is_tensor(x) and x.dim())
+        return sorted(self.moments())
+
+    def repair(
+        self, index: torch.Tensor, G: torch.Tensor, Q: torch.Tensor, window_steps: int
+    ) -> torch.Tensor:
+        """δ = 0 and the window's moments for the fresh slots at `index` (m,), counted from `lo`.
+
+        G, Q: fp32 (m,), their window sums. Returns how many moments a block of 8-bit state could not hold
+        and were cut, int64 ().
+        """
+        self.master[index] = 0.0
+        cut = torch.zeros((), dtype=torch.int64, device=index.device)
+        hyper = self.optimizer.param_groups[self.group]
+        # Before the first step there is no state: every slot starts from zeros alike.
+        for name, moment in self.moments().items():
+            values = families.fresh(name, G, Q, window_steps, hyper, self.steps() or 0.0)
+            cut += moment.put(index + self.offset, values)
+        return cut
 
     def steps(self) -> float | None:
         """The optimizer's own count of steps, which bias correction needs; None before the first."""
         state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
         return float(state["step"]) if "step" in state else None
 
-    def prepare(self, names: list[str], steps: float) -> None:
-        """Make room for moments in an optimizer that may not have stepped yet, as its first step would."""
+    def prepare(self, steps: float) -> None:
+        """Give an optimizer that may not have stepped yet its state, as its first step would."""
         if self.flat is None:
             return
+        group = self.optimizer.param_groups[self.group]
         state = self.optimizer.state[self.flat]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(self.flat.data)
-        if "step" in state and torch.is_tensor(state["step"]):
-            state["step"].fill_(steps)
+        if hasattr(self.optimizer, "init_state"):  # bitsandbytes
+            if not state:
+                listed = group["params"]  # ZeRO-3 lists a tensor only while it is stepped
+                group["params"] = [self.flat]
+                self.optimizer.init_state(group, self.flat, self.group, 0)
+                group["params"] = listed
+            state["step"] = int(steps)
             return
-        group = self.optimizer.param_groups[0]
-        on_device = group.get("fused") or group.get("capturable")
-        device = self.flat.device if on_device else torch.device("cpu")
-        state["step"] = torch.tensor(steps, dtype=torch.float32, device=device)
+        _torch_like_state(state, self.flat, self.optimizer, group, steps)
 
     def forget(self) -> None:
         """Drop the moments: the checkpoint that is loaded was made before the first step."""
         if self.flat is not None:
             self.optimizer.state.pop(self.flat, None)
+
+
+def _torch_like_state(
+    state: dict[str, Any], flat: torch.Tensor, optimizer: Any, group: dict[str, Any], steps: float
+) -> None:
+    """The state of torch's and DeepSpeed's optimizers, zeros where there was none."""
+    family = families.family_of(optimizer)
+    if family == "adagrad":
+        name = "sum" if isinstance(optimizer, torch.optim.Adagrad) else "exp_avg_sq"
+        state.setdefault(name, torch.zeros_like(flat.data))
+    else:
+        for name in ("exp_avg", "exp_avg_sq")[: len(families.FAMILIES[str(family)])]:
+            state.setdefault(name, torch.zeros_like(flat.data))
+    if torch.is_tensor(state.get("step")):
+        state["step"].fill_(steps)
+    elif isinstance(optimizer, (torch.optim.Adam, torch.optim.Adagrad)):  # AdamW is an Adam
+        on_device = group.get("fused") or group.get("capturable")
+        device = flat.device if on_device else torch.device("cpu")
+        state["step"] = torch.tensor(steps, dtype=torch.float32, device=device)
+    else:
+        state["step"] = int(steps)
+        if "step" in group:  # FusedAdam
+            group["step"] = int(steps)
+
+
+@dataclass
+class Flat:
+    """One tensor that the inner optimizer steps, and which slots of which targets lie in it."""
+
+    parts: list[tuple[int, SlotShard]]  # (number of the target, its slots)
+
+    @property
+    def numel(self) -> int:
+        flat = self.parts[0][1].flat
+        assert flat is not None
+        return flat.numel()
+
+    def moments(self) -> dict[str, Moment]:
+        return self.parts[0][1].moments()
+
+    def layout(self) -> list:
+        """What decides which slots share a block of 8-bit state, as plain data."""
+        return [self.numel, [[i, p.lo, p.hi, p.offset] for i, p in self.parts]]
+
+
+def flats(parts: list[SlotShard]) -> list[Flat]:
+    """The distinct flat tensors of this rank, in the order of their first target."""
+    found: dict[int, Flat] = {}
+    for i, part in enumerate(parts):
+        if part.flat is not None:
+            found.setdefault(id(part.flat), Flat([])).parts.append((i, part))
+    return list(found.values())
 
 
 def is_replicated(engine: Any) -> bool:
@@ -99,12 +174,17 @@ def find(engine: Any, param: nn.Parameter, rank: int, size: int) -> SlotShard:
     if kind == "BF16_Optimizer":
         return _fragment(outer, outer.fp32_groups_flat_partition, param)
     if kind == "FP16_UnfusedOptimizer":
-        for group, masters in zip(outer.fp16_groups, outer.fp32_groups, strict=True):
-            for p, master in zip(group, masters, strict=True):
+        for g, group in enumerate(outer.fp16_groups):
+            for p, master in zip(group, outer.fp32_groups[g], strict=True):
                 if p is param:
-                    return SlotShard(0, master.numel(), master, 0, outer.optimizer)
+                    return SlotShard(0, master.numel(), master, 0, outer.optimizer, g)
     if isinstance(outer, torch.optim.Optimizer) and param.dtype == torch.float32:
-        return SlotShard(0, param.numel(), param, 0, outer)
+        group = next(
+            g
+            for g, group in enumerate(outer.param_groups)
+            if any(p is param for p in group["params"])
+        )
+        return SlotShard(0, param.numel(), param, 0, outer, group)
     raise ValueError(
         f"DeepSpeed chose the optimizer wrapper {kind}, whose state SEFT can't edit; use torch AdamW "
         '("torch_adam": true in the optimizer\'s params) with ZeRO 0, 1, 2 or 3 in fp32 or bf16'
@@ -121,7 +201,9 @@ def _stage3(outer: Any, param: nn.Parameter, rank: int, size: int) -> SlotShard:
     group, offset, _ = outer.grad_position[outer.get_param_id(param)]
     lo, hi = shard_range(param.ds_numel, rank, size)
     flat = outer.fp32_partitioned_groups_flat[group]
-    return SlotShard(lo, hi, flat if hi > lo else None, offset, outer.optimizer)
+    part = SlotShard(lo, hi, flat if hi > lo else None, offset, outer.optimizer)
+    part.group = outer.sub_group_to_group_id[group]
+    return part
 
 
 def _fragment(outer: Any, flats: list[torch.Tensor], param: nn.Parameter) -> SlotShard:
@@ -131,7 +213,9 @@ def _fragment(outer: Any, flats: list[torch.Tensor], param: nn.Parameter) -> Slo
     lo = fragment.lp_fragment_address.start
     where = fragment.hp_fragment_address
     flat = flats[fragment.param_group_index]
-    return SlotShard(lo, lo + where.numel, flat, where.start, outer.optimizer)
+    return SlotShard(
+        lo, lo + where.numel, flat, where.start, outer.optimizer, fragment.param_group_index
+    )
 
 
 def gradient_scale(engine: Any, fp32_norm: float | None) -> float | None:

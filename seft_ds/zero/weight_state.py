@@ -14,7 +14,6 @@ import torch
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change
 from seft_ds.distributed.window import Window
-from seft_ds.optim import adamw
 from seft_ds.sparse import mask
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.sparse.shard import shard_range
@@ -69,6 +68,8 @@ class WeightState:
         self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
         self.window: Window | None = None
         self.n_events = 0
+        # Moments of fresh slots beyond what their 8-bit block holds, so far, of the slots optimized here.
+        self.cut_moments = torch.zeros((), dtype=torch.int64, device=held.device)
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
         self.not_finite = torch.zeros((), dtype=torch.bool, device=held.device)  # set in backward
 
@@ -189,19 +190,14 @@ class WeightState:
         self.slots = table.take(position.argsort())
 
     def _reset_master(self, change: Change, window_steps: int) -> None:
-        """δ = 0 and moments from the window, for the fresh slots that this rank optimizes."""
+        """δ = 0 and state from the window, for the fresh slots that this rank optimizes."""
         part = self.slot_shard
         mine = (change.released_slot >= part.lo) & (change.released_slot < part.hi)
-        index = change.released_slot[mine] - part.lo
-        if index.numel() == 0:
-            return
-        index = index.to(part.master.device)
-        part.master[index] = 0.0
-        moments = [part.moment(name) for name in adamw.MOMENTS]
-        if moments[0] is None or moments[1] is None:
-            return  # no step has been taken yet: Adam starts from zeros for every slot
-        G, Q = (x[mine].to(index.device) for x in (change.fresh_G, change.fresh_Q))
-        adamw.repair(moments[0], moments[1], index, G, Q, window_steps)
+        device = part.master.device
+        index = (change.released_slot[mine] - part.lo).to(device)
+        if index.numel():
+            G, Q = (x[mine].to(device) for x in (change.fresh_G, change.fresh_Q))
+            self.cut_moments += part.repair(index, G, Q, window_steps).to(self.cut_moments.device)
 
     def _move_positions(self, change: Change) -> None:
         lo, values = shards.held(self.position, self.ranks)

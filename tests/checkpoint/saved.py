@@ -21,7 +21,7 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
         found[f"{name}.delta"] = seft.gather_deltas([i])[0]
         touched = torch.cat(seft.ranks.gather(unpacked(state, "touched_bits")))
         assert not bool((touched.bool() < live_change(seft, state)).any())
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("mean", "square"):
             part = state.slot_shard
             mine = part.moment(moment)
             pieces = seft.ranks.gather_object((part.lo, part.hi, mine))
@@ -31,7 +31,7 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
                     whole[lo:hi] = values
             found[f"{name}.{moment}"] = whole
         if optimizer_state.is_replicated(engine):
-            assert not found[f"{name}.exp_avg"].isnan().any() or seft.step == 0
+            assert not found[f"{name}.mean"].isnan().any() or seft.step == 0
         base = torch.zeros(state.target.n_slots, dtype=state.weight.dtype)
         born = torch.zeros(state.target.n_slots, dtype=torch.bool)
         rows = state.slots.between(state.lo, state.hi)

@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "global": {"scope": "global", "waves": False, "release": "revert"},
     "2:4": {"release": "revert"},
     "reference": {"checkpoint_base": "reference", "prune": "fisher"},
+    "8bit": {"density": 0.1},  # bitsandbytes: several 8-bit blocks on each rank
 }
 
 
@@ -44,7 +45,15 @@ def start(stage: int, bf16: bool, name: str, accumulate: int = 1) -> Any:
         "type": "WarmupDecayLR",
         "params": {"total_num_steps": STEPS, "warmup_num_steps": 3, "warmup_max_lr": 5e-3},
     }
-    return seft_ds.initialize(model=model, config=settings)[0]
+    if name != "8bit":
+        return seft_ds.initialize(model=model, config=settings)[0]
+    import bitsandbytes
+
+    del settings["optimizer"]
+    seft_ds.attach(model, settings)
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(deltas, lr=5e-3, min_8bit_size=64)
+    return seft_ds.initialize(model=model, config=settings, optimizer=optimizer)[0]
 
 
 def steps(engine: Any, first: int, last: int, save: Any = None) -> None:
@@ -107,6 +116,8 @@ def test_stopping_after_any_step_changes_nothing(tmp_path: Path) -> None:
         (3, True, "2:4"),
         (3, False, "reference"),
         (3, True, "fold"),
+        (2, True, "8bit"),
+        (3, False, "8bit"),
     ]
     for said, found in run_processes(2, every_step, str(tmp_path), cases)[0]:
         assert not found, (said, found)

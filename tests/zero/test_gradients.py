@@ -59,7 +59,7 @@ def compare(kind: str, stage: int) -> None:
         # What the optimizer saw at the slots is what the window summed there.
         part = state.slot_shard
         if part.hi > part.lo:
-            saw = part.moment("exp_avg") / (1 - 0.9)
+            saw = part.moment("mean") / (1 - 0.9)
             position = shards.gather_whole(state.position, ranks).long()
             G = torch.cat(ranks.gather(state.window.G))[position]
             torch.testing.assert_close(saw, G[part.lo : part.hi], rtol=1e-4, atol=1e-8)

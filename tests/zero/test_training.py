@@ -145,12 +145,12 @@ def fresh_updates(stage: int, repair: bool) -> list[float]:
         assert torch.equal(part.master[stay], before[stay])
         if at.numel():
             assert not part.master[at].any()
-            assert torch.equal(part.moment("exp_avg")[at], change.fresh_G[mine] / steps)
-            assert torch.equal(part.moment("exp_avg_sq")[at], change.fresh_Q[mine] / steps)
+            assert torch.equal(part.moment("mean")[at], change.fresh_G[mine] / steps)
+            assert torch.equal(part.moment("square")[at], change.fresh_Q[mine] / steps)
             checked[0] += at.numel()
             if not repair:
-                part.moment("exp_avg")[at] = 0.0
-                part.moment("exp_avg_sq")[at] = 0.0
+                part.moment("mean")[at] = 0.0
+                part.moment("square")[at] = 0.0
 
     def note(record: dict) -> None:
         if record["kind"] == "fresh":
