@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from seft_ds.checkpoint.manifest import hash_file, read_manifest
 from seft_ds.config import SeftConfig, parse_seft
 from seft_ds.json_file import printable, read_text, shown
-from seft_ds.optim.adamw import MOMENTS
+from seft_ds.optim.families import FAMILIES
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
 
@@ -156,7 +156,7 @@ class CheckpointMeta(_Plain):
                 end = hi
             if end != target.n_slots:
                 return f"{target.name}: slot ranges end at {end}, wanted {target.n_slots}"
-        if self.moments and tuple(self.moments) != MOMENTS:
+        if self.moments and self.moments not in [sorted(names) for names in FAMILIES.values()]:
             return f"moments {self.moments}"
         if (self.optimizer_steps is None) != (not self.moments):
             return "moments without a step count, or a step count without moments"

@@ -260,13 +260,14 @@ class SparseEvolution:
             changes.update(zip(group, plan(views, rate, self.settings, self.ranks), strict=True))
         for i, change in changes.items():
             self.states[i].apply(change)
-        counts = self.live_counts(ready)
+        counts, cut = self._count_after(ready)
         seconds, sent = time.perf_counter() - started, self.ranks.bytes - bytes_before
         self.n_events += len(ready)
         self.event_seconds += seconds
         self.event_bytes += sent
-        for i, live in zip(ready, counts, strict=True):
-            self._record(self.states[i], changes[i], live, seconds / len(ready), sent // len(ready))
+        share = {"seconds": seconds / len(ready), "bytes": sent // len(ready)}
+        for i, live, n_cut in zip(ready, counts, cut, strict=True):
+            self._record(self.states[i], changes[i], live=live, cut=n_cut, **share)
         self._check_counts(ready, counts)
 
     def _by_rate(self, ready: list[int]) -> dict[float, list[int]]:
@@ -285,9 +286,20 @@ class SparseEvolution:
         """A different seed for each weight and step, and the same after a resume."""
         return self.config.seed + self.step * len(self.states) + target
 
-    def _record(
-        self, state: WeightState, change: Change, live: int, seconds: float, sent: int
-    ) -> None:
+    def _count_after(self, ready: list[int]) -> tuple[list[int], list[int]]:
+        """Live positions of each weight, and the moments of its fresh slots that 8-bit state cut. One sum."""
+        states = [self.states[i] for i in ready]
+        device = states[0].live_bits.device
+        live = torch.tensor([mask.count(s.live_bits) for s in states], device=device)
+        cut = torch.stack([s.cut_moments for s in states])
+        if optimizer_state.is_replicated(self.engine):
+            cut = cut * (self.ranks.rank == 0)  # every rank repairs every slot
+        both = self.ranks.sum_(torch.cat([live, cut])).tolist()
+        for state in states:
+            state.cut_moments.zero_()
+        return both[: len(ready)], both[len(ready) :]
+
+    def _record(self, state: WeightState, change: Change, **measured: Any) -> None:
         self._tell(
             kind="event",
             target=state.target.name,
@@ -298,11 +310,9 @@ class SparseEvolution:
             died=int(change.died.sum()),
             folded=int(change.folded.sum()),
             pruned=change.pruned.numel(),
-            live=live,
             target_live=state.target.target_live,
             slots=state.target.n_slots,
-            seconds=seconds,
-            bytes=sent,
+            **measured,
         )
 
     def _tell(self, **record: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from seft_ds.zero.engine import extend
 from seft_ds.zero.fingerprint import model_fingerprints
 
 _ATTACHED = "seft_attached"
+# What may stand as the optimizer's type in a DeepSpeed config beside DeepSpeed's own and torch's.
+BITSANDBYTES = (
+    "AdamW8bit", "Adam8bit", "Lion8bit", "AdEMAMix8bit", "PagedAdamW8bit", "PagedAdam8bit",
+    "PagedLion8bit", "PagedAdEMAMix8bit",
+)  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,10 +75,61 @@ def find_attached(model: nn.Module) -> Attached | None:
 
 
 def make_engine(model: nn.Module, config: dict, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` with the deltas as the parameters to optimize."""
+    """`deepspeed.initialize` with the deltas as the parameters to optimize.
+
+    An "optimizer" of bitsandbytes is made here, since DeepSpeed's config knows only its own and torch's.
+
+    Raises:
+        ValueError: the optimizer's parameters are not what it takes.
+    """
     deltas = [p for p in model.parameters() if p.requires_grad]
     kwargs.setdefault("model_parameters", deltas)
+    if kwargs.get("optimizer") is None and bitsandbytes_class(config) is not None:
+        kwargs["optimizer"] = _make_bitsandbytes(config, deltas)
+        config = {k: v for k, v in config.items() if k != "optimizer"}
     return deepspeed.initialize(model=model, config=config, **kwargs)
+
+
+def bitsandbytes_class(config: dict) -> Any:
+    """The optimizer class of bitsandbytes that a DeepSpeed config names as its optimizer's type, or None."""
+    name = str(config.get("optimizer", {}).get("type", ""))
+    if name not in BITSANDBYTES:
+        return None
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, name)
+
+
+def _make_bitsandbytes(config: dict, params: list[nn.Parameter]) -> Any:
+    section = config["optimizer"]
+    try:
+        return bitsandbytes_class(config)(params, **section.get("params", {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the DeepSpeed config's optimizer {section['type']} doesn't take its params "
+            f"{section.get('params', {})}: {error}"
+        ) from None
+
+
+def allow_untested(config: dict, client_optimizer: bool) -> dict:
+    """The config with the switches that DeepSpeed wants for an optimizer that it has not tested itself.
+
+    We have (tests/zero/test_optimizers.py); one whose state we can't repair is refused later.
+    """
+    wanted: dict[str, Any] = {}
+    if client_optimizer:
+        wanted["zero_allow_untested_optimizer"] = True
+        if _offloads_optimizer(config):
+            wanted["zero_force_ds_cpu_optimizer"] = False
+    changed = {k: v for k, v in wanted.items() if config.get(k) != v}
+    if changed:
+        logger.info("set in the DeepSpeed config, for an optimizer of your own: %s", changed)
+    return {**config, **changed}
+
+
+def _offloads_optimizer(config: dict) -> bool:
+    section = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
 
 
 def _keep_inputs_differentiable(model: nn.Module) -> None:
@@ -103,7 +161,12 @@ def _watch_deepspeed_initialize() -> None:
 
     @functools.wraps(original)
     def initialize_and_extend(*args: Any, **kwargs: Any) -> Any:
-        _refuse_second_engine(args[0] if args else kwargs.get("model"))
+        model = args[0] if args else kwargs.get("model")
+        _refuse_second_engine(model)
+        if model is not None and find_attached(model) is not None:
+            for name in ("config", "config_params"):  # trainers call with either
+                if isinstance(kwargs.get(name), dict):
+                    kwargs[name] = allow_untested(kwargs[name], "optimizer" not in kwargs[name])
         result = original(*args, **kwargs)
         engine = result[0]
         attached = find_attached(engine.module)
