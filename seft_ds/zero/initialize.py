@@ -75,18 +75,9 @@ def find_attached(model: nn.Module) -> Attached | None:
 
 
 def make_engine(model: nn.Module, config: dict, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` with the deltas as the parameters to optimize.
-
-    An "optimizer" of bitsandbytes is made here, since DeepSpeed's config knows only its own and torch's.
-
-    Raises:
-        ValueError: the optimizer's parameters are not what it takes.
-    """
+    """`deepspeed.initialize` with the deltas as the parameters to optimize."""
     deltas = [p for p in model.parameters() if p.requires_grad]
     kwargs.setdefault("model_parameters", deltas)
-    if kwargs.get("optimizer") is None and bitsandbytes_class(config) is not None:
-        kwargs["optimizer"] = _make_bitsandbytes(config, deltas)
-        config = {k: v for k, v in config.items() if k != "optimizer"}
     return deepspeed.initialize(model=model, config=config, **kwargs)
 
 
@@ -100,7 +91,7 @@ def bitsandbytes_class(config: dict) -> Any:
     return getattr(bitsandbytes.optim, name)
 
 
-def _make_bitsandbytes(config: dict, params: list[nn.Parameter]) -> Any:
+def _make_bitsandbytes(config: dict, params: list) -> Any:
     section = config["optimizer"]
     try:
         return bitsandbytes_class(config)(params, **section.get("params", {}))
@@ -109,6 +100,22 @@ def _make_bitsandbytes(config: dict, params: list[nn.Parameter]) -> Any:
             f"the DeepSpeed config's optimizer {section['type']} doesn't take its params "
             f"{section.get('params', {})}: {error}"
         ) from None
+
+
+def _with_optimizer(config: dict, kwargs: dict[str, Any], model: nn.Module) -> dict:
+    """The config for DeepSpeed; an optimizer of bitsandbytes that it names is made and put into `kwargs`,
+    since DeepSpeed's config knows only its own and torch's.
+
+    Raises:
+        ValueError: the optimizer's parameters are not what it takes.
+    """
+    if kwargs.get("optimizer") is None and bitsandbytes_class(config) is not None:
+        params = list(kwargs.get("model_parameters") or model.parameters())
+        if not isinstance(params[0], dict):
+            params = [p for p in params if p.requires_grad]
+        kwargs["optimizer"] = _make_bitsandbytes(config, params)
+        config = {k: v for k, v in config.items() if k != "optimizer"}
+    return allow_untested(config, "optimizer" not in config)
 
 
 def allow_untested(config: dict, client_optimizer: bool) -> dict:
@@ -166,7 +173,7 @@ def _watch_deepspeed_initialize() -> None:
         if model is not None and find_attached(model) is not None:
             for name in ("config", "config_params"):  # trainers call with either
                 if isinstance(kwargs.get(name), dict):
-                    kwargs[name] = allow_untested(kwargs[name], "optimizer" not in kwargs[name])
+                    kwargs[name] = _with_optimizer(kwargs[name], kwargs, model)
         result = original(*args, **kwargs)
         engine = result[0]
         attached = find_attached(engine.module)

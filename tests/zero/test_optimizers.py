@@ -53,6 +53,8 @@ OPTIMIZERS: dict[str, Any] = {
     "AdEMAMix": bnb("AdEMAMix"),
 }
 CASES = list(itertools.product(OPTIMIZERS, (1, 2, 3)))
+OFFLOAD = ", offloaded"  # the optimizer's state on the CPU's side of DeepSpeed
+CASES += [(f"{n}{OFFLOAD}", stage) for n in ("AdamW", "AdamW8bit") for stage in (1, 2, 3)]
 
 
 def raw_state(part: Any) -> dict[str, torch.Tensor]:
@@ -125,7 +127,9 @@ def run(name: str, stage: int) -> dict[str, Any]:
         settings["optimizer"],
         settings["zero_allow_untested_optimizer"],
     )  # which is set for the user
-    optimizer: Any = OPTIMIZERS[name]
+    optimizer: Any = OPTIMIZERS[name.removesuffix(OFFLOAD)]
+    if name.endswith(OFFLOAD):
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if isinstance(optimizer, dict):
         settings["optimizer"], optimizer = optimizer, None
     else:
@@ -196,7 +200,7 @@ def test_events_and_state_repair_with_every_optimizer() -> None:
         for (name, stage), seen in run_processes(size, run_all, cases)[0].items():
             case = (name, stage, size)
             assert seen["events"] > 14 and seen["repaired"] > 14, case
-            eight_bit = name.endswith("8bit")
+            eight_bit = name.removesuffix(OFFLOAD).endswith("8bit")
             assert seen["kinds"] == (["Blocks"] if eight_bit else ["Plain"]), (case, seen["kinds"])
             if name != "Adagrad":  # its steps shrink as its sums grow, and early in a run are long
                 assert max(seen["updates"]) < 2.0, (case, seen["updates"])
