@@ -3,9 +3,11 @@
     run     once a start: command, config, model, ranks, zero_stage, dtype, targets, versions
     step    step, loss, learning_rate, grad_norm; seconds, tokens (since the line before it)
     event   step, target, dropped, grown, kept, revived, died, folded, pruned, live, target_live,
-            slots, seconds, bytes
+            slots, cut (moments that 8-bit state could not hold), seconds, bytes
+    skipped step, in_a_row, batches: a loss or gradient was not finite
     fresh   step, largest_update, by_target, learning_rate: the step after an event, fresh slots only
     eval    step, name, value
+    stop    step, why, checkpoint: a signal ended the run
     end     step, seconds, live, target_live, changed_positions
 
 Each line is flushed as it is written, so that a run that dies loses at most the line it was writing.
