@@ -245,6 +245,31 @@ def test_overwrite_replaces_a_run(home: Path) -> None:
     assert (old / "journal.jsonl").read_text().count('"kind": "run"') == 1
 
 
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("config", ["--deepspeed", str(ROOT / "ds_configs/zero3_8bit.json")]),
+        ("offload", ["--deepspeed", str(ROOT / "ds_configs/zero3_offload_8bit.json")]),
+        ("flag", ["--optim", "adamw_bnb_8bit"]),
+        ("lion", ["--optim", "lion_8bit", "--deepspeed", str(ROOT / "ds_configs/zero2.json")]),
+    ],
+)
+def test_8bit_optimizers_by_config_and_by_flag(home: Path, name: str, flags: list[str]) -> None:
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", name,
+        "--max_steps", "6", "--learning_rate", "1e-2", "--seft.interval", "2", "--seft.window", "2",
+        "--save_strategy", "steps", "--save_steps", "6", "--logging_steps", "1", *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verify(home / name).ok
+    lines = (home / name / "journal.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    events = [r for r in records if r["kind"] == "event"]
+    assert events and all(r["cut"] >= 0 for r in events)
+    updates = [r["largest_update"] / r["learning_rate"] for r in records if r["kind"] == "fresh"]
+    assert updates and 0 < max(updates) < 2
+
+
 def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
     from seft_ds.train.arguments import _expand_yaml, _split_seft_flags
 
