@@ -96,9 +96,7 @@ def _bend(rng: Random, m: dict) -> str:
         "1 rank": lambda: m.update(ranks=1, slot_ranges=m["slot_ranges"][:1]),
         "other dtype": lambda: m.update(dtype=rng.choice(["float64", "int64", "bool", "float16"])),
         "other moments": lambda: m.update(
-            moments=rng.choice(
-                [[], ["step"], ["exp_avg"], ["exp_avg"] * 2, ["exp_avg", "exp_avg_sq", "step"]]
-            )
+            moments=rng.choice([[], ["step"], ["mean"], ["mean"] * 2, ["mean", "square", "step"]])
         ),
         "no fingerprints": lambda: m.update(fingerprints={}),
         "steps negative": lambda: m.update(optimizer_steps=-1.0),
@@ -203,7 +201,7 @@ def _forge_values(rng: Random, parts: dict) -> tuple[str, str]:
     """A few values of one tensor that mean something: positions, slots, bits, floats."""
     wanted = rng.choice(
         ["slots.position", "slots.slot", "live_bits", "start_bits", "touched_bits", "slots.born_dead",
-         "delta", "moment.exp_avg", "moment.exp_avg_sq", "weight", "window.G", "window.Q", "slots.base",
+         "delta", "moment.mean", "moment.square", "weight", "window.G", "window.Q", "slots.base",
          "fresh_slots", "touched_values", "other"]
     )  # fmt: skip
     names = [n for n in parts if wanted in n and parts[n][2]] or [n for n in parts if parts[n][2]]

@@ -77,7 +77,7 @@ LIES: dict[str, tuple[Callable[[Parts], None], str]] = {
     ),
     "delta that is no number": (lambda p: put(p, "3.delta", 0, FLOATS["nan"]), "not what a run computes"),
     "negative square": (
-        lambda p: put(p, "3.moment.exp_avg_sq", 0, FLOATS["minus"]), "not what a run computes"
+        lambda p: put(p, "3.moment.square", 0, FLOATS["minus"]), "not what a run computes"
     ),
     "missing": (lambda p: p.pop("3.delta"), "3.delta is missing"),
     "other dtype": (lambda p: p.update({"3.delta": ("I32", *p["3.delta"][1:])}), "3.delta is I32"),
