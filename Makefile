@@ -25,7 +25,7 @@ lint: $(VENV)/.ready ## style and types
 	$(PY) -m mypy seft_ds launch
 
 test: lint ## style, types and all tests; ARGS="-m 'not slow'" are passed to pytest
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(VENV)/.ready ## rewrite the files in the house style
 	$(PY) -m ruff check --fix .
