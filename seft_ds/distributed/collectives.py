@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -121,11 +122,24 @@ def init_ranks() -> ProcessRanks:
         _announce_ranks()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _own_tools_first()
         import deepspeed
 
         clear_stale_locks()  # initialising loads an extension
         deepspeed.init_distributed(auto_mpi_discovery=False)
     return ProcessRanks()
+
+
+def _own_tools_first() -> None:
+    """Put this environment's programs first in PATH, as an activated one has them.
+
+    DeepSpeed compiles an extension with the first `ninja` in PATH. Two versions of it don't accept what the
+    other has built, so runs with and without activation would compile in turns, a minute each.
+    """
+    own = os.path.dirname(sys.executable)
+    path = os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = own + os.pathsep + path
 
 
 def _announce_ranks() -> None:
