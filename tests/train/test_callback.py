@@ -125,7 +125,7 @@ def test_mistakes_in_a_raw_loop() -> None:
         'no "zero_optimization" section',
         "matches no linear layer",
         "can't be had on 1 ranks",
-        "the optimizer SGD: use torch AdamW",
+        "whose state SEFT can't repair",
     ]
     said = run_processes(1, raw_loop_mistakes)[0]
     for message, part in zip(said, wanted, strict=True):
