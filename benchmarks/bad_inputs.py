@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -73,8 +74,21 @@ def preload() -> None:
     from seft_ds.distributed.extension_lock import clear_stale_locks
 
     clear_stale_locks()
-    with redirect_stdout(sys.stderr):
-        build_shm_op()
+    build_shm_op()
+
+
+@contextmanager
+def stdout_on_stderr() -> Iterator[None]:
+    """Keep what libraries print, in this process and its forks, out of the table."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(ours, 1)
+        os.close(ours)
 
 
 def table(sources: list[Source], outcomes: list[Outcome], every: bool) -> str:
@@ -122,7 +136,7 @@ def main() -> int:
     parser.add_argument("--messages", action="store_true", help="also print what was said to each")
     options = parser.parse_args()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bad-inputs-") as folder:
+    with stdout_on_stderr(), tempfile.TemporaryDirectory(prefix="bad-inputs-") as folder:
         sources, outcomes = measure(
             options.count, options.seed, options.workers, Path(folder) / "home"
         )

@@ -80,7 +80,8 @@ def test_damage_that_is_taken_is_found(
         monkeypatch.setattr(module, "check_together", lambda ranks, directory: None)
     fault = Fault(Kind.DAMAGE, "a bit flipped", stage=0, bf16=False, step=8)
     text = "; ".join(attempt(fault, tmp_path, references).problems)
-    assert "wanted 'checkpoint-6'" in text and "did not say" in text and "final state" in text
+    # Where it meets a value that can't be, the load itself refuses.
+    assert "ended with 2" in text or ("wanted 'checkpoint-6'" in text and "final state" in text)
 
 
 def ended(**changes: Any) -> Ended:

@@ -73,6 +73,7 @@ def test_a_python_handler_would_not_end_it():
     """The test above is worth something: the stuck thread never comes to its handlers."""
     handler = "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n"
     process = started(handler + STUCK)
+    time.sleep(1)  # it has said so, but may not be stuck yet
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.communicate(timeout=1)
