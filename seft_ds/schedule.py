@@ -43,6 +43,11 @@ class Schedule:
         """The last step that may have an event."""
         return math.floor(self.stop * self.total_steps)
 
+    @property
+    def evolves(self) -> bool:
+        """Whether the run has any event: the first weight's first one is the earliest of all."""
+        return self.rate(0, self.window if self.replace_all_first else self.interval) is not None
+
     def rate(self, target: int, step: int) -> float | None:
         """Share of slots to drop in this weight's event after `step`; None: no event."""
         if step > self.stop_step:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from seft_ds.schedule import Schedule, resolve_interval
@@ -32,6 +34,22 @@ def test_every_weight_evolves_once_an_interval_with_a_whole_window_before(waves,
             window = [t for t in range(1, 101) if s.in_window(target, t) and event - 4 < t <= event]
             assert len(window) == min(4, event)
         assert not s.in_window(target, events[-1] + 1)
+
+
+def test_whether_a_run_evolves_is_known_without_going_through_it() -> None:
+    seen = set()
+    for total in range(1, 40):
+        for interval, window, stop in itertools.product((3, 5, 30), (1, 3), (0.1, 0.5, 0.8, 1.0)):
+            for waves, replace in itertools.product((True, False), repeat=2):
+                s = make(
+                    total_steps=total, interval=interval, window=window, stop=stop, waves=waves,
+                    replace_all_first=replace,
+                )  # fmt: skip
+                found = any(s.due(step) for step in range(1, total + 1))
+                assert s.evolves == found, s
+                seen.add(found)
+    assert seen == {True, False}
+    assert make(total_steps=1 << 40, interval=1 << 39, window=1, stop=0.1).evolves is False
 
 
 def test_rate_falls_from_the_fraction_to_zero() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from seft_ds.checkpoint.layout import check_listed, find_tag, read_meta
+from seft_ds.checkpoint.loading import check_same_run, load_state
 from seft_ds.checkpoint.manifest import FileEntry
-from seft_ds.checkpoint.state import check_same_run, load_state, save_state
+from seft_ds.checkpoint.saving import save_state
 from seft_ds.checkpoint.together import check_together, write_together
 from seft_ds.zero.engine import SparseEvolution
 

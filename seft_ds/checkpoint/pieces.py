@@ -14,6 +14,7 @@ import torch
 
 from seft_ds.checkpoint.layout import CheckpointMeta, rank_file
 from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
+from seft_ds.optim.blockwise8bit import BLOCK
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
 from seft_ds.zero.weight_state import SlotTable
@@ -120,9 +121,16 @@ class Pieces:
         ranges = [(r[i][0], r[i][1]) for r in self.meta.slot_ranges]
         return self._cut(ranges, f"{i}.{name}", lo, hi, torch.float32)
 
-    def block_scales(self, rank: int, k: int, name: str, blocks: int) -> torch.Tensor:
-        """fp32 (blocks,): the absmax of an 8-bit moment in the k-th flat tensor of one rank."""
-        return self._tensor(rank, f"flat.{k}.absmax.{name}", torch.float32, blocks)
+    def block_scales(self, rank: int, k: int, name: str, numel: int) -> torch.Tensor | None:
+        """fp32 (blocks,): the absmax of an 8-bit moment in one rank's k-th flat tensor of `numel` entries;
+        None if it was not kept in 8 bits."""
+        tensor_name = f"flat.{k}.absmax.{name}"
+        if tensor_name not in self._file_names(rank):
+            return None
+        scales = self._tensor(rank, tensor_name, torch.float32, -(-numel // BLOCK))
+        if not bool((scales >= 0).all() & scales.isfinite().all()):
+            raise self._damaged(rank, f"{tensor_name} holds what no magnitude can be")
+        return scales
 
     def fresh_slots(self, i: int) -> torch.Tensor | None:
         name = f"{i}.fresh_slots"

@@ -35,10 +35,6 @@ FAMILIES = {
     "ademamix": (MEAN, SLOW, SQUARE),
     "adagrad": (TOTAL,),
 }
-_TORCH_LIKE = {
-    "adam": {MEAN: "exp_avg", SQUARE: "exp_avg_sq"},
-    "lion": {MEAN: "exp_avg"},
-}
 
 
 def family_of(optimizer: Any) -> str | None:
@@ -54,6 +50,14 @@ def family_of(optimizer: Any) -> str | None:
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         return None
     return known.get(type(optimizer).__name__)
+
+
+def tensor_names(optimizer: Any) -> dict[str, str]:
+    """Our name of each moment -> the library's, of the optimizers of torch and DeepSpeed."""
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return {TOTAL: "sum"}
+    names = {MEAN: "exp_avg", SQUARE: "exp_avg_sq", TOTAL: "exp_avg_sq"}
+    return {moment: names[moment] for moment in FAMILIES[str(family_of(optimizer))]}
 
 
 @dataclass
@@ -104,15 +108,13 @@ class Blocks:
 Moment = Plain | Blocks
 
 
-def moments_of(family: str, state: dict[str, Any]) -> dict[str, Moment]:
+def moments_of(optimizer: Any, state: dict[str, Any]) -> dict[str, Moment]:
     """The moments in one flat tensor's optimizer state, by our names; empty before its first step."""
-    if family == "adagrad":
-        found = state.get("sum", state.get("exp_avg_sq"))
-        return {} if found is None else {TOTAL: Plain(found.view(-1))}
-    if "exp_avg" in state:
-        return {ours: Plain(state[name].view(-1)) for ours, name in _TORCH_LIKE[family].items()}
-    if "state1" not in state:
+    family = family_of(optimizer)
+    if family is None or not state:
         return {}
+    if "state1" not in state:
+        return {ours: Plain(state[name].view(-1)) for ours, name in tensor_names(optimizer).items()}
     first = [(MEAN, 0), (SLOW, 1)] if family == "ademamix" else [(MEAN, 0)]
     rows = len(first)
     moments = {name: _bnb(state, "1", row, rows) for name, row in first}

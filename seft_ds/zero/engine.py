@@ -1,6 +1,6 @@
 """The DeepSpeed engine extension: after each optimizer step, write through, score, evolve.
 
-`extend(engine, ...)` wraps one engine instance. Per optimizer step:
+`extend` (zero/extend.py) wraps one engine instance. Per optimizer step:
 0. the ranks agree whether the step is taken (a loss or gradient that isn't finite: skipped and counted)
    and whether the run is to stop after it;
 1. the engine steps the deltas as ordinary parameters;
@@ -24,7 +24,6 @@ from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change, EventSettings, plan
 from seft_ds.distributed.selection import gather_lists
 from seft_ds.errors import RunError
-from seft_ds.optim.families import family_of
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
 from seft_ds.zero import optimizer_state, shards
@@ -100,8 +99,7 @@ class SparseEvolution:
             waves=c.in_waves,
             replace_all_first=c.start == "gradient",
         )
-        evolves = any(self.schedule.due(s) for s in range(1, total_steps + 1))
-        if c.drop_fraction and not evolves and self.ranks.rank == 0:
+        if c.drop_fraction and not self.schedule.evolves and self.ranks.rank == 0:
             warnings.warn(
                 f"no evolution event fits into {total_steps} steps with interval "
                 f"{self.schedule.interval} and stop {c.stop}: the slots will train where they are",
@@ -395,66 +393,3 @@ class SparseEvolution:
         if not shards.is_partitioned(self.states[0].position):
             return held
         return gather_lists(held, self.ranks)
-
-
-def extend(
-    engine: Any,
-    attached: list[AttachedTarget],
-    config: SeftConfig,
-    ranks: Ranks,
-    fingerprints: dict[str, str] | None = None,
-) -> SparseEvolution:
-    """Make a DeepSpeed engine run SEFT, in place; also reachable as `engine.seft`."""
-    _refuse_untested(engine, attached)
-    seft = SparseEvolution(engine, attached, config, ranks, fingerprints)
-    engine.seft = seft
-    seft.guard.watch(engine)
-    take_step = engine._take_model_step
-
-    def step_and_evolve(lr_kwargs: Any) -> None:
-        taken = seft.before_step()
-        fp32_norm, lr = (seft.fp32_norm() if taken else None), seft.lr
-        if taken:
-            take_step(lr_kwargs)
-        else:
-            optimizer_state.skip_step(engine, take_step, lr_kwargs)
-        seft.after_step(taken and engine.was_step_applied(), fp32_norm, lr)
-
-    engine._take_model_step = step_and_evolve
-    return seft
-
-
-def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
-    """ValueError for what would break exactness or has not been tested."""
-    zero = engine._config.zero_config
-    wanted: dict[str, bool] = {
-        "fp16: use bf16 or fp32": engine.fp16_enabled(),
-        "zero_hpz_partition_size > 1": zero.zero_hpz_partition_size > 1,
-        "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
-        "zero_quantized_weights": zero.zero_quantized_weights,
-        "torch_autocast: use the bf16 section": engine.torch_autocast_enabled(),
-        "offload_param": zero.offload_param is not None and zero.offload_param.device != "none",
-        "offload_optimizer to nvme": zero.offload_optimizer is not None
-        and zero.offload_optimizer.device not in ("none", "cpu"),
-        "tensor, pipeline or sequence parallel": engine.dp_world_size != engine.world_size,
-    }
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if family_of(inner) is None:
-        wanted[
-            f"the optimizer {type(inner).__module__}.{type(inner).__name__}"
-            f"{' with amsgrad' if any(g.get('amsgrad') for g in inner.param_groups) else ''}, whose state "
-            "SEFT can't repair: use AdamW, Adam, Lion, Adagrad, or AdamW8bit, Lion8bit, AdEMAMix8bit of "
-            "bitsandbytes"
-        ] = True
-    found = [name for name, present in wanted.items() if present]
-    if found:
-        raise ValueError(
-            f"not supported with SEFT yet: {'; '.join(found)}. Remove it from the DeepSpeed config"
-        )
-    dtype = attached[0].module.weight.dtype
-    expected = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
-    if dtype != expected:
-        raise ValueError(
-            f"the weights are {dtype}, but the DeepSpeed config trains in {expected}: load the model with "
-            'that dtype, or set "bf16": {"enabled": ...} to match'
-        )

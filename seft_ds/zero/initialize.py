@@ -17,7 +17,7 @@ from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import Ranks, init_ranks
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.zero.attach import AttachedTarget, attach_slots
-from seft_ds.zero.engine import extend
+from seft_ds.zero.extend import extend
 from seft_ds.zero.fingerprint import model_fingerprints
 
 _ATTACHED = "seft_attached"

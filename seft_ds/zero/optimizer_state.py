@@ -46,8 +46,7 @@ class SlotShard:
     def moments(self) -> dict[str, Moment]:
         """The optimizer's moments of the whole flat tensor, by name; empty before the first step."""
         state = self.optimizer.state.get(self.flat, {}) if self.flat is not None else {}
-        family = families.family_of(self.optimizer)
-        return families.moments_of(family, state) if family else {}
+        return families.moments_of(self.optimizer, state)
 
     def moment(self, name: str) -> torch.Tensor | None:
         """fp32 (hi - lo,): one moment of these slots, a view where it is kept so; None before a step."""
@@ -106,13 +105,8 @@ def _torch_like_state(
     state: dict[str, Any], flat: torch.Tensor, optimizer: Any, group: dict[str, Any], steps: float
 ) -> None:
     """The state of torch's and DeepSpeed's optimizers, zeros where there was none."""
-    family = families.family_of(optimizer)
-    if family == "adagrad":
-        name = "sum" if isinstance(optimizer, torch.optim.Adagrad) else "exp_avg_sq"
+    for name in families.tensor_names(optimizer).values():
         state.setdefault(name, torch.zeros_like(flat.data))
-    else:
-        for name in ("exp_avg", "exp_avg_sq")[: len(families.FAMILIES[str(family)])]:
-            state.setdefault(name, torch.zeros_like(flat.data))
     if torch.is_tensor(state.get("step")):
         state["step"].fill_(steps)
     elif isinstance(optimizer, (torch.optim.Adam, torch.optim.Adagrad)):  # AdamW is an Adam

@@ -164,7 +164,7 @@ def test_only_plain_data_is_loaded(home: Path, tmp_path: Path) -> None:
     """No pickle but engine.pt, and that one by torch's weights_only reader."""
     import pickle
 
-    from seft_ds.checkpoint.state import read_engine_state
+    from seft_ds.checkpoint.engine_file import read_engine_state
 
     names = {p.suffix for p in (home / "copy-fp32/here").iterdir()}
     assert names == {".json", ".safetensors", ".pt"}

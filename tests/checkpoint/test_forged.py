@@ -193,3 +193,45 @@ def test_every_rank_refuses_and_nothing_changes(home: Path) -> None:
             with pytest.raises(ValueError, match="."):
                 export_checkpoint(home / f"run/{n}", home / "out")
     export_checkpoint(home / "run/good", home / "out")
+
+
+def forged_scales(folder: str) -> list[tuple[str, str, list[str]]]:
+    """A lie in the scales of rank 1's 8-bit moments; what each rank says, and what changed."""
+    from tests.checkpoint.test_resume import start as start_resumable
+    from tests.checkpoint.test_resume import steps
+
+    engine = start_resumable(3, False, "8bit")
+    steps(engine, 0, 4)
+    engine.save_checkpoint(f"{folder}/eight", "good")
+    before = {n: t.clone() for n, t in whole_state(engine).items()}
+    results = []
+    for name in ("minus", "nan", "short"):
+        tag = Path(folder) / f"eight/{name}"
+        if engine.seft.ranks.rank == 0:
+            shutil.copytree(Path(folder) / "eight/good", tag)
+            path = tag / "rank-00001-of-00002.safetensors"
+            parts = damage.read_parts(path)
+            if name == "short":
+                code, shape, data = parts["flat.0.absmax.mean"]
+                parts["flat.0.absmax.mean"] = (code, [shape[0] - 1], data[:-4])
+            else:
+                put(parts, "flat.0.absmax.mean", 0, FLOATS[name])
+            damage.write_parts(path, parts)
+            reseal(tag)
+        engine.seft.ranks.barrier()
+        try:
+            engine.load_checkpoint(f"{folder}/eight", name)
+            said = "no error"
+        except ValueError as error:
+            said = str(error)
+        results.append((name, said, differences(before, whole_state(engine))))
+    engine.load_checkpoint(f"{folder}/eight", "good")
+    results.append(("good", "flat.0.absmax.mean", differences(before, whole_state(engine))))
+    return results
+
+
+@pytest.mark.timeout(300)
+def test_scales_of_8bit_moments_are_looked_at_on_every_rank(tmp_path: Path) -> None:
+    for mine in run_processes(2, forged_scales, str(tmp_path)):
+        for name, said, changed in mine:
+            assert "flat.0.absmax.mean" in said and not changed, (name, said, changed)
