@@ -6,6 +6,9 @@
     deepspeed launch/finetune.py --config launch/recipes/NAME.yaml --output_dir RUN \\
         --deepspeed ds_configs/zero3.json
 
+`--method` runs what SEFT is compared with in its place: fixed, random_grow, spiel, masked_full, lora,
+lora_pruned, spp, sqft (docs/baselines.md). `--trainable rank=8` gives them equally many trainable weights.
+
 Runs the same under `deepspeed`, `torchrun` and `srun`, on GPUs or, where there are none, on the CPU. Flags
 are those of transformers' TrainingArguments and TRL's SFTConfig; `--help` lists them all.
 Exit status: 0; 2 for a mistake in the input; 1 for any other error, the loss of a rank among them.

@@ -22,6 +22,7 @@ Auto = Literal["auto"]
 # Above any real run, and small enough for what is made of them: floats, int64 seeds, loops over a window.
 _MOST = 1 << 40
 _LONGEST_WINDOW = 10_000
+_TRAINABLE = "live|rank=[1-9][0-9]{0,8}"
 
 
 class SeftConfig(BaseModel):
@@ -37,7 +38,7 @@ class SeftConfig(BaseModel):
     )
     trainable: int | str | None = Field(
         None,
-        description='Instead of density: a count, or "rank=8" for as many as LoRA of that rank.',
+        description='Instead of density: a count, "rank=8" for as many as LoRA of that rank, or "live".',
     )
     scope: Literal["layer", "global"] = Field(
         "layer", description="Live count exact per weight, or over all weights together."
@@ -64,6 +65,9 @@ class SeftConfig(BaseModel):
     )
     grow: Literal["magnitude", "random"] = Field("magnitude", description="Growth score.")
     prune: Literal["taylor", "fisher", "magnitude"] = Field("taylor", description="Prune score.")
+    adapt: bool = Field(
+        True, description="Prune as many as came alive; false: live counts may grow (as in SpIEL)."
+    )
     pattern: str = Field("auto", description='N:M pattern: auto (from the zeros), none, or "2:4".')
     nm: Literal["swap", "fixed"] = Field("swap", description="N:M patterns evolve, or stay fixed.")
     min_sparsity: float = Field(
@@ -93,8 +97,8 @@ class SeftConfig(BaseModel):
     @classmethod
     def _count_or_rank(cls, value: int | str | None) -> int | str | None:
         ok = value is None or (isinstance(value, int) and 1 <= value <= _MOST)
-        if not ok and not (isinstance(value, str) and re.fullmatch("rank=[1-9][0-9]{0,8}", value)):
-            raise ValueError('wanted a count of at least 1, or "rank=8"')
+        if not ok and not (isinstance(value, str) and re.fullmatch(_TRAINABLE, value)):
+            raise ValueError('wanted a count of at least 1, "rank=8" or "live"')
         return value
 
     @field_validator("pattern")
@@ -118,6 +122,16 @@ class SeftConfig(BaseModel):
             )
         if self.trainable is not None and "density" in self.model_fields_set:
             raise ValueError("density and trainable both set the number of slots: give one of them")
+        if self.trainable == "live" and self.drop_fraction > 0:
+            raise ValueError(
+                'trainable "live" puts a slot on every live weight, so that none is left to prune and '
+                "nothing can evolve; set drop_fraction to 0"
+            )
+        if not self.adapt and self.pattern != "none":
+            raise ValueError(
+                "adapt false lets weights come alive without pruning others, which no N:M pattern allows; "
+                'set pattern to "none", which treats weights as unstructured'
+            )
         return self
 
     @property

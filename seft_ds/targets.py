@@ -47,11 +47,14 @@ def matches(name: str, wanted: list[str] | str) -> bool:
 
 
 def total_slots(targets: list[Target], density: float, trainable: int | str | None) -> int:
-    """The number of slots over all targets: a share, a count, or as many as LoRA of a rank trains."""
+    """The number of slots over all targets: a share, a count, all live weights, or as many as LoRA of a
+    rank trains."""
     if trainable is None:
         return round(density * sum(t.numel for t in targets))
     if isinstance(trainable, int):
         return trainable
+    if trainable == "live":
+        return sum(t.target_live for t in targets)
     rank = int(re.fullmatch(r"rank=(\d+)", trainable)[1])  # type: ignore[index]
     return sum(rank * sum(t.shape) for t in targets)
 

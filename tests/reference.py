@@ -51,7 +51,13 @@ def prune_score(s: State, p: int, w: float, kind: str) -> float:
 
 
 def event(
-    states: list[State], rate: float, release: str, prune: str, scope: str, nm: str
+    states: list[State],
+    rate: float,
+    release: str,
+    prune: str,
+    scope: str,
+    nm: str,
+    adapt: bool = True,
 ) -> list[Outcome]:
     """One event over whole weights (algorithm: drop, grow, release, place, adapt)."""
     ids = range(len(states))
@@ -89,7 +95,9 @@ def event(
                     o.folded.add(p)
         mortal.sort()
         for i, (_, w, p) in enumerate(mortal):
-            (out[w].died if i < alive else out[w].folded).add(p)
+            (out[w].died if i < alive or not adapt else out[w].folded).add(p)
+        if not adapt:  # nothing is pruned in return: the live count is what it becomes
+            continue
         deaths = min(alive, len(mortal))
         scores = []
         for w in group:

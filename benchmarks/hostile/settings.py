@@ -261,11 +261,15 @@ def _unsound_arguments(arguments: Any) -> str | None:
 
 
 def _known_flags() -> list[str]:
-    from seft_ds.train.arguments import DataArguments, ModelArguments, RunArguments
+    from seft_ds.train.arguments import (
+        DataArguments,
+        MethodArguments,
+        ModelArguments,
+        RunArguments,
+    )
 
-    names = [
-        f.name for c in (ModelArguments, DataArguments, RunArguments) for f in fields(c) if f.init
-    ]
+    kinds = (MethodArguments, ModelArguments, DataArguments, RunArguments)
+    names = [f.name for c in kinds for f in fields(c) if f.init]
     return [n for n in names if not n.startswith(_LEFT_OUT)]
 
 

@@ -36,7 +36,9 @@ def check_contents_together(pieces: Pieces, ranks: Ranks) -> None:
 
 
 def check_total(pieces: Pieces, live: int) -> None:
-    """With `scope: global` only the sum over all weights is given."""
+    """With `scope: global` only the sum over all weights is given; without `adapt` no count is."""
+    if not pieces.meta.config.get("adapt", True):
+        return
     wanted = sum(target.target_live for target in pieces.meta.targets)
     if live != wanted:
         raise ValueError(
@@ -50,7 +52,8 @@ def _check_target(pieces: Pieces, i: int) -> int:
     start = mask.unpack(pieces.bits(i, "start_bits", 0, target.numel), target.numel)
     position = pieces.slot_positions(i)
     table = pieces.slots(i, 0, target.numel)
-    count, exact = int(live.sum()), pieces.meta.config.get("scope") != "global"
+    count, config = int(live.sum()), pieces.meta.config
+    exact = config.get("scope") != "global" and config.get("adapt", True)
     text = target.pattern_text
     wrong = {
         f"{count} positions are live, wanted {target.target_live}": exact

@@ -157,7 +157,7 @@ def _target_infos(pieces: Pieces, base: BaseModel | None) -> dict[str, TargetInf
         start = pieces.bits(i, "start_bits", 0, target.numel)
         infos[f"{target.name}.weight"] = TargetInfo(
             target.pattern_text,
-            target.target_live,
+            target.target_live if pieces.meta.config.get("adapt", True) else None,
             mask.count(live ^ start),
             partial(pieces.bits, i, "live_bits", 0, target.numel),  # read again, rather than kept
         )

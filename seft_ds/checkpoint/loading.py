@@ -164,7 +164,8 @@ def _restore_weight(state: WeightState, pieces: Pieces, i: int, meta: Checkpoint
         before = before.clone()
         held.copy_(pieces.weight(i, lo, lo + held.numel()))
         _, after = shards.owned(state.weight, state.multiple, state.ranks)
-        state.touch((before != after).nonzero().squeeze(1) + state.lo)
+        changed = (before != after).nonzero().squeeze(1).to(state.live_bits.device)
+        state.touch(changed + state.lo)
         return
     position, value = pieces.touched(i, lo, lo + held.numel())
     held[position.to(held.device) - lo] = value.to(held.device)

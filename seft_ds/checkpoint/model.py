@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
+from seft_ds.distributed.collectives import Ranks
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.zero import shards
 from seft_ds.zero.engine import SparseEvolution
@@ -39,12 +40,37 @@ def save_model(
         about or {}
     )
     gathered = ((n, shards.gather_whole(p, seft.ranks)) for n, p in named.items())
+    return write_on_first(
+        seft.ranks, gathered, gathered, output_dir, layout=layout, targets=targets, source_dir=source_dir,
+        about=facts,
+    )  # fmt: skip
+
+
+def write_on_first(
+    ranks: Ranks,
+    gathered: Iterator[Any],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    output_dir: str | Path,
+    **what: Any,
+) -> dict[str, Any]:
+    """`write_sparse_model(output_dir, tensors, **what)` on rank 0; its record on every rank. A collective.
+
+    Args:
+        gathered: whole tensors, each by a collective; every rank draws all of them.
+        tensors: the same, or made of them by rank 0 alone: not a collective of its own.
+
+    Raises:
+        ValueError, RuntimeError, OSError: of rank 0, on every rank.
+    """
     outcome: Any = None
-    if seft.ranks.rank == 0:
-        outcome = _write_or_error(gathered, output_dir, layout, targets, source_dir, facts)
+    if ranks.rank == 0:
+        try:
+            outcome = write_sparse_model(output_dir, tensors, **what)
+        except (ValueError, RuntimeError, OSError) as error:
+            outcome = error
     for _ in gathered:  # the other ranks' half of each gather; also after an error on rank 0
         pass
-    outcome = seft.ranks.gather_object(outcome)[0]
+    outcome = ranks.gather_object(outcome)[0]
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -67,19 +93,9 @@ def _target_infos(seft: SparseEvolution) -> dict[str, TargetInfo]:
         bits = seft.live_bits(i)  # a collective; only the rank that writes keeps it
         infos[f"{state.target.name}.weight"] = TargetInfo(
             pattern=state.target.pattern_text,
-            target_live=state.target.target_live,
+            # Without `adapt` the count is a result, and nothing was aimed at.
+            target_live=state.target.target_live if seft.config.adapt else None,
             changed_positions=changed,
             live_bits=bits if seft.ranks.rank == 0 else None,
         )
     return infos
-
-
-def _write_or_error(
-    tensors: Iterator, output_dir: Any, layout: list, targets: dict, source_dir: Any, facts: dict
-) -> Any:
-    try:
-        return write_sparse_model(
-            output_dir, tensors, layout=layout, targets=targets, source_dir=source_dir, about=facts
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        return error

@@ -136,7 +136,10 @@ def _tensors_of(state: WeightState, base: str) -> dict[str, torch.Tensor]:
         tensors["weight"] = weight
     else:
         touched = mask.unpack(state.touched_bits, state.hi - state.lo)
-        tensors |= {"touched_bits": state.touched_bits, "touched_values": weight[touched]}
+        tensors |= {
+            "touched_bits": state.touched_bits,
+            "touched_values": weight[touched.to(weight.device)],
+        }
     if state.window is not None:
         tensors |= {"window.G": state.window.G, "window.Q": state.window.Q}
     return tensors

@@ -122,7 +122,7 @@ def init_ranks() -> ProcessRanks:
         _announce_ranks()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        _own_tools_first()
+        own_tools_first()
         import deepspeed
 
         clear_stale_locks()  # initialising loads an extension
@@ -130,7 +130,7 @@ def init_ranks() -> ProcessRanks:
     return ProcessRanks()
 
 
-def _own_tools_first() -> None:
+def own_tools_first() -> None:
     """Put this environment's programs first in PATH, as an activated one has them.
 
     DeepSpeed compiles an extension with the first `ninja` in PATH. Two versions of it don't accept what the

@@ -32,6 +32,7 @@ class EventSettings:
     prune: str = "taylor"
     scope: str = "layer"  # layer | global
     nm: str = "swap"  # swap | fixed
+    adapt: bool = True  # False: nothing pays for a revival (SpIEL), so that live counts may grow
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _release(
     """3. Release. Returns how many live positions each scope has too many afterwards.
 
     No more positions may die than come alive, or the count could not be restored: of those that would,
-    the ones with the largest |δ| fold.
+    the ones with the largest |δ| fold. Without `adapt` there is no count to restore: all of them die.
     """
     for d in drafts:
         d.folded = _always_fold(d.shard, d.released, settings)
@@ -154,14 +155,14 @@ def _release(
     local = [n for d in drafts for n in (int(d.revived.sum()), d.mortal.numel())]
     totals = _sum_each(local, drafts, ranks)
     alive, mortal = _per_group(totals[0::2], scope), _per_group(totals[1::2], scope)
-    deaths = [min(a, m) for a, m in zip(alive, mortal)]
+    deaths = [min(a, m) for a, m in zip(alive, mortal)] if settings.adapt else mortal
     keys = [topology.drop_keys(d.shard)[d.mortal] for d in drafts]
     dying = select(keys, scope, deaths, ranks) if settings.release == "revert" else None
     for w, d in enumerate(drafts):
         chosen = d.mortal[dying[w]] if dying is not None else d.mortal[:0]
         d.died = torch.isin(d.released, chosen)
         d.folded |= torch.isin(d.released, d.mortal) & ~d.died
-    return [a - n for a, n in zip(alive, deaths)]
+    return [a - n if settings.adapt else 0 for a, n in zip(alive, deaths)]
 
 
 def _always_fold(shard: Shard, slots: torch.Tensor, settings: EventSettings) -> torch.Tensor:

@@ -50,6 +50,10 @@ class Window:
         self.steps += 1
         self._step.zero_()
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds per position: g, G and Q."""
+        return [self._step, self.G, self.Q]
+
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""
         self._step.zero_()

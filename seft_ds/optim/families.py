@@ -10,7 +10,8 @@ that, so that its first step is as long as the others' (for Adam-like optimizers
 |          | square            | mean g²             | (mean g)² would be far too small                 |
 | lion     | mean              | mean g              | its sign is the step                             |
 | ademamix | mean, square      | as adam             |                                                  |
-|          | slow              | (1 - β₃ᵗ) · mean g  | not bias-corrected: what it is after t steps     |
+|          | slow              | (1 - β₃ʷ) · mean g  | what the window's w steps alone would have put   |
+|          |                   |                     | in; a mean of thousands it can't stand for       |
 | adagrad  | total             | t · mean g²         | a sum over all t steps                           |
 
 Names of the tensors: torch and DeepSpeed call them exp_avg, exp_avg_sq (Adagrad of torch: sum), bitsandbytes
@@ -70,6 +71,10 @@ class Plain:
         """fp32 (hi - lo,); a view where the state is fp32."""
         return self.values[lo:hi].float()
 
+    def at(self, index: torch.Tensor) -> torch.Tensor:
+        """fp32 (m,): the entries at `index` (m,), int64."""
+        return self.values[index].float()
+
     def put(self, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Set the entries at `index` (m,), int64. Returns how many were cut, int64 ()."""
         self.values[index] = values.to(self.values.dtype)
@@ -78,6 +83,10 @@ class Plain:
     def assign(self, values: torch.Tensor, absmax: torch.Tensor | None) -> None:
         """Set all entries, (n,)."""
         self.values.copy_(values)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it takes in memory."""
+        return [self.values]
 
 
 @dataclass
@@ -89,7 +98,9 @@ class Blocks:
     qmap: torch.Tensor  # (256,) fp32
 
     def read(self, lo: int, hi: int) -> torch.Tensor:
-        index = torch.arange(lo, hi, device=self.codes.device)
+        return self.at(torch.arange(lo, hi, device=self.codes.device))
+
+    def at(self, index: torch.Tensor) -> torch.Tensor:
         return blockwise8bit.read(self.codes, self.absmax, self.qmap, index)
 
     def put(self, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -103,6 +114,10 @@ class Blocks:
         self.absmax.copy_(absmax)
         every = torch.arange(values.numel(), device=values.device)
         blockwise8bit.write(self.codes, self.absmax, self.qmap, every, values)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it takes in memory, but for the table that all tensors share."""
+        return [self.codes, self.absmax]
 
 
 Moment = Plain | Blocks
@@ -144,6 +159,29 @@ def fresh(
     if name == SQUARE:
         return Q / window_steps
     if name == SLOW:
-        return (1 - group["betas"][2] ** t) * (G / window_steps)
+        return (1 - group["betas"][2] ** window_steps) * (G / window_steps)
     assert name == TOTAL, name
     return t * (Q / window_steps)
+
+
+def place(moments: dict[str, Moment], index: torch.Tensor, values: dict[str, torch.Tensor]) -> Any:
+    """Set the entries at `index` (m,) of all `moments` to `values`, fp32 (m,) each, keeping steps short.
+
+    The length of a step is mean / sqrt(square). 8-bit state may hold less of the square than it should (cut
+    to what its block holds, or rounded down); the means are then made smaller in proportion, so that the step
+    does not become longer. Returns how many entries were cut, int64 ().
+    """
+    n_cut = torch.zeros((), dtype=torch.int64, device=index.device)
+    shrink = None
+    if SQUARE in moments:
+        n_cut += moments[SQUARE].put(index, values[SQUARE])
+        shrink = shrunk(values[SQUARE], moments[SQUARE].at(index))
+    for name, moment in moments.items():
+        if name != SQUARE:
+            n_cut += moment.put(index, values[name] if shrink is None else values[name] * shrink)
+    return n_cut
+
+
+def shrunk(wanted: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """What the means are multiplied by, (m,), where `held` is there of the squares that were `wanted`."""
+    return torch.where(held < wanted, (held / wanted).sqrt(), 1.0)

@@ -49,6 +49,8 @@ def _opening(sparsity: dict[str, Any], base: str) -> str:
     method = f", pruned by {name}" if name else ""
     if name == "seft":  # its base is pruned already
         method = ", repaired at fixed sparsity by SEFT (arXiv 2505.24037)"
+    elif "steps" in sparsity:
+        method = f", pruned, then trained by {name}"
     return (
         f"A sparse version{of}{method}: {100 * sparsity['sparsity']:.2f} % of the target weights are "
         f"exactly zero ({kind}); {sparsity['live']:,} of {sparsity['total']:,} are live."

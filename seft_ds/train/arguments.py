@@ -19,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
+from seft_ds.baselines.methods import METHODS, find_method, fixed_settings, rank_of
 from seft_ds.config import load_deepspeed_config, with_overrides
 from seft_ds.json_file import read_object, read_text, shown
 
@@ -31,6 +32,33 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "folder of the pruned model"})
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
+
+
+@dataclass
+class MethodArguments:
+    """How it is repaired: SEFT, or what it is compared with."""
+
+    method: str = field(default="seft", metadata={"help": ", ".join(METHODS)})
+    trainable: str | None = field(
+        default=None,
+        metadata={"help": 'how much trains: a count, or "rank=8" for as many as LoRA of that rank'},
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "scale of adapters times their rank; default: twice the rank"},
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "of the adapters' input; default: 0"}
+    )
+    calibration_rows: int = field(
+        default=128, metadata={"help": "training sequences that lora_pruned scores weights with"}
+    )
+    distill: str | None = field(
+        default=None, metadata={"help": "folder of the dense model to learn from as well"}
+    )
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "share of the dense model in the loss, above 0 and up to 1"}
+    )
 
 
 @dataclass
@@ -65,6 +93,7 @@ class RunArguments(SFTConfig):
 
 @dataclass
 class Arguments:
+    method: MethodArguments
     model: ModelArguments
     data: DataArguments
     run: RunArguments
@@ -78,9 +107,10 @@ def parse(argv: list[str]) -> Arguments:
         ValueError: an unknown or bad setting, a missing file, no DeepSpeed config.
     """
     argv, seft_flags = _split_seft_flags(argv)
+    method_by_flag = any(flag.partition("=")[0] == "--method" for flag in argv)
     argv, seft_yaml = _expand_yaml(argv)
     parser = HfArgumentParser(
-        [ModelArguments, DataArguments, RunArguments],  # type: ignore[arg-type]
+        [MethodArguments, ModelArguments, DataArguments, RunArguments],  # type: ignore[arg-type]
         allow_abbrev=False,
     )
     values = vars(parser.parse_args(argv))
@@ -88,9 +118,16 @@ def parse(argv: list[str]) -> Arguments:
         raise ValueError(
             "SEFT runs on DeepSpeed: give a config, for example --deepspeed ds_configs/zero3.json"
         )
-    config = with_overrides(load_deepspeed_config(values["deepspeed"]), {**seft_yaml, **seft_flags})
+    if values["trainable"] is not None:
+        seft_flags = _with_trainable(seft_flags, values["trainable"])
+    # What a recipe says gives way to a method that is named by flag.
+    chosen = seft_flags if method_by_flag else _on_top(seft_yaml, seft_flags)
+    fixed = fixed_settings(values["method"], chosen)
+    overrides = _on_top(_on_top(seft_yaml, seft_flags), fixed)
+    config = with_overrides(load_deepspeed_config(values["deepspeed"]), overrides)
     values["deepspeed"] = config
     _check_values(values)
+    _check_method(values)
     if not values["output_dir"]:
         raise ValueError("give --output_dir, the folder that the run and the model go to")
     if values["save_only_model"]:
@@ -105,14 +142,68 @@ def parse(argv: list[str]) -> Arguments:
         )
     _adapt_to_machine(values)
     try:
-        model, data, run = parser.parse_dict(values)
+        method, model, data, run = parser.parse_dict(values)
     except (ValueError, AttributeError, KeyError, TypeError, ArithmeticError, OSError) as error:
         # Some of its arguments are objects in JSON, which transformers takes apart without looking.
         raise ValueError(
             'transformers refuses an argument, or a section of the DeepSpeed config beside "seft": '
             f"{type(error).__name__}: {error}"
         ) from error
-    return Arguments(model, data, run, config)
+    return Arguments(method, model, data, run, config)
+
+
+def _on_top(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`. Both `trainable` and `density` set the number of slots: either replaces both."""
+    rest = dict(lower)
+    for one, other in (("trainable", "density"), ("density", "trainable")):
+        if one in upper:
+            rest.pop(other, None)
+    return {**rest, **upper}
+
+
+def _with_trainable(seft_flags: dict[str, Any], text: str) -> dict[str, Any]:
+    """`--trainable` is short for `--seft.trainable`."""
+    value = _plain_value(text)
+    for name in ("trainable", "density"):
+        if name in seft_flags and seft_flags[name] != value:
+            raise ValueError(
+                f"--trainable {text:.40} and --seft.{name} {shown(seft_flags[name])} both say how much "
+                "trains: give one of them"
+            )
+    return {**seft_flags, "trainable": value}
+
+
+def _check_method(values: dict[str, Any]) -> None:
+    """ValueError for arguments that the method or distillation can't be run with."""
+    name, method = values["method"], find_method(values["method"])
+    if method.adapter is not None:
+        rank_of(values["deepspeed"]["seft"].get("trainable"), name)
+    if method.adapter is None:
+        for flag in ("lora_alpha", "lora_dropout"):
+            if values[flag] is not None:
+                raise ValueError(
+                    f"--{flag} is of adapters, and --method {name} has none; leave it out"
+                )
+    else:
+        if values["resume"] != "never" or values["save_strategy"] != "no":
+            raise ValueError(
+                f"--method {name} is not resumed: DeepSpeed's own checkpoints of it would fit one number of "
+                "ranks only and are not checked here; leave out --resume and --save_strategy"
+            )
+        alpha, dropout = values["lora_alpha"], values["lora_dropout"]
+        if (alpha is not None and alpha <= 0) or (dropout is not None and not 0 <= dropout < 1):
+            raise ValueError(
+                f"--lora_alpha {alpha} --lora_dropout {dropout}: wanted a number above 0, and one from 0 "
+                "up to but without 1"
+            )
+        if values["calibration_rows"] < 1:
+            raise ValueError(f"--calibration_rows {values['calibration_rows']}: wanted 1 or more")
+    if not 0 < values["distill_weight"] <= 1:
+        raise ValueError(f"--distill_weight {values['distill_weight']}: wanted above 0 and up to 1")
+    if values["distill"] and (values["loss_type"] == "dft" or values["label_smoothing_factor"]):
+        raise ValueError(
+            "--distill mixes its own loss; leave out --loss_type dft and --label_smoothing_factor"
+        )
 
 
 def _split_seft_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -140,7 +231,7 @@ def _plain_value(text: str) -> Any:
         return text
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """YAML in which 2:4 is a string (not 124, a number to base 60) and 5e-3 a number.
 
     Without aliases: a few lines of them stand for more text than any memory holds.
@@ -155,12 +246,12 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_RecipeLoader.yaml_implicit_resolvers = {
+RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_RecipeLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-_RecipeLoader.add_implicit_resolver(
+RecipeLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+RecipeLoader.add_implicit_resolver(
     _FLOAT, re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
 )
 
@@ -175,7 +266,7 @@ def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(f"--config {path}: no such file")
     text = read_text(path, _RECIPE_BYTES)
     try:
-        recipe = yaml.load(text, _RecipeLoader) or {}
+        recipe = yaml.load(text, RecipeLoader) or {}
     except Exception as error:  # yaml's constructors raise whatever the conversion of a value meets
         reason = f"{type(error).__name__}: {error}"[:300]
         raise ValueError(f"--config {path} is not YAML that can be read ({reason})") from None

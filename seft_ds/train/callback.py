@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from seft_ds.api import attach
 from seft_ds.checkpoint.export import versions
@@ -27,13 +27,13 @@ from seft_ds.checkpoint.model import save_model
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.errors import RunError
-from seft_ds.report.journal import JOURNAL_NAME, Journal
 from seft_ds.signals import active_request, watch_signals
+from seft_ds.train.journaling import JournaledRun
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
 
-class SeftCallback(TrainerCallback):
+class SeftCallback(JournaledRun):
     """Runs SEFT inside a Trainer that uses DeepSpeed.
 
     Args:
@@ -51,16 +51,12 @@ class SeftCallback(TrainerCallback):
         about: dict[str, Any] | None = None,
         handle_signals: bool = True,
     ):
+        super().__init__(journal_dir, about)
         self.config = config
-        self.journal_dir = journal_dir
-        self.about = about or {}
         self.handle_signals = handle_signals
         self.hold_signals = False  # whoever sets it calls close_signals() later
         self.stopped_by: str | None = None  # the signal that ended training, on any rank
-        self.journal: Journal | None = None
         self.model: Any = None
-        self._started = self._last_log = 0.0
-        self._last_tokens = 0
 
     @property
     def engine(self) -> Any:
@@ -105,7 +101,7 @@ class SeftCallback(TrainerCallback):
                 '"zero_optimization" section) in TrainingArguments'
             )
         self.model = kwargs["model"]
-        _hide_seft_block(args)
+        hide_seft_block(args)
         if find_attached(self.model) is None:
             attach(self.model, self.config if self.config is not None else args.deepspeed)
 
@@ -115,11 +111,10 @@ class SeftCallback(TrainerCallback):
         self.seft.begin(state.max_steps)
         if self.handle_signals and threading.current_thread() is threading.main_thread():
             self.seft.stop_request = active_request() or watch_signals()
-        self._started = self._last_log = time.perf_counter()
+        self.start_clock()
         if state.is_world_process_zero:
-            folder = Path(self.journal_dir or args.output_dir or ".")
-            self.journal = Journal(folder / JOURNAL_NAME)
-            self._write("run", **self._run_record(args))
+            self.open_journal(args)
+            self.write("run", **self._run_record(args))
             self.seft.listeners.append(self._journal_record)
 
     def on_step_end(
@@ -154,34 +149,6 @@ class SeftCallback(TrainerCallback):
         all_or_none(seft.ranks, seal_once)
         seft.last_checkpoint = folder
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.journal is None or not logs:
-            return
-        now = time.perf_counter()
-        if "loss" in logs:
-            tokens = int(logs.get("num_tokens") or state.num_input_tokens_seen or 0)
-            self._write(
-                "step",
-                step=state.global_step,
-                loss=float(logs["loss"]),
-                learning_rate=logs.get("learning_rate"),
-                grad_norm=logs.get("grad_norm"),
-                seconds=now - self._last_log,
-                tokens=tokens - self._last_tokens,
-            )
-            self._last_log, self._last_tokens = now, tokens
-        for name, value in logs.items():
-            if name.startswith("eval_") and name.endswith("loss"):
-                self._write("eval", step=state.global_step, name=name, value=float(value))
-                self._last_log = now
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -191,14 +158,14 @@ class SeftCallback(TrainerCallback):
         if self.stopped_by:
             if self.journal is not None:
                 where = str(self.last_checkpoint)
-                self._write("stop", step=state.global_step, why=self.stopped_by, checkpoint=where)
+                self.write("stop", step=state.global_step, why=self.stopped_by, checkpoint=where)
             return
         live, changed = sum(self.seft.live_counts()), sum(self.seft.changed_positions())
         if self.journal is not None:
-            self._write(
+            self.write(
                 "end",
                 step=state.global_step,
-                seconds=time.perf_counter() - self._started,
+                seconds=self.seconds,
                 live=live,
                 target_live=sum(s.target.target_live for s in self.seft.states),
                 changed_positions=changed,
@@ -212,19 +179,8 @@ class SeftCallback(TrainerCallback):
             engine.seft.stop_request.close()
             engine.seft.stop_request = None
 
-    def _write(self, kind: str, **fields: Any) -> None:
-        """One line of the journal. RunError if it can't be written: a full disk, most likely."""
-        assert self.journal is not None
-        try:
-            self.journal.write(kind, **fields)
-        except OSError as error:
-            raise RunError(
-                f"{self.journal.path} can't be written ({error}); the last good checkpoint is "
-                f"{self.last_checkpoint}"
-            ) from error
-
     def _journal_record(self, record: dict[str, Any]) -> None:
-        self._write(**record)
+        self.write(**record)
 
     def _run_record(self, args: TrainingArguments) -> dict[str, Any]:
         seft = self.seft
@@ -250,7 +206,7 @@ class SeftCallback(TrainerCallback):
         } | self.about
 
 
-def _hide_seft_block(args: TrainingArguments) -> None:
+def hide_seft_block(args: TrainingArguments) -> None:
     """Take our block out of the copy that accelerate resolves: it takes every "auto" for its own."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:

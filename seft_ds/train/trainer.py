@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from seft_ds.checkpoint.manifest import FileEntry, checkpoints_in, entries_below, hash_file
 from seft_ds.checkpoint.model import save_model
 from seft_ds.checkpoint.together import write_together
+from seft_ds.train.distill import token_losses
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
 
@@ -24,6 +26,8 @@ class SparseSFTTrainer(SFTTrainer):
     """
 
     seft_source = ""
+    teacher: Any = None  # the dense model, for distillation
+    distill_weight = 0.0
     _aside: Path | None = None  # where a checkpoint is being written
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -32,6 +36,46 @@ class SparseSFTTrainer(SFTTrainer):
             save_model(
                 self.model_wrapped, self.seft_source, output_dir or str(self.args.output_dir)
             )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss, or its mixture with the distance from the teacher; an evaluation is without teacher."""
+        if self.teacher is None or not self.model.training or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        fed = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
+        with torch.no_grad():
+            teacher_logits = self.teacher(**fed).logits
+        nll, kl, counted = token_losses(model(**fed).logits, teacher_logits, inputs["labels"])
+        wanted = counted if num_items_in_batch is None else num_items_in_batch
+        loss = (1 - self.distill_weight) * nll + self.distill_weight * kl
+        loss = loss / torch.as_tensor(wanted).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # As TRL does: the number counts the tokens of all ranks, and gradients are averaged over them.
+            loss = loss * self.accelerator.num_processes
+        self._note_distilled(inputs, nll, kl, counted)
+        return loss
+
+    def _note_distilled(
+        self, inputs: dict[str, Any], nll: torch.Tensor, kl: torch.Tensor, counted: torch.Tensor
+    ) -> None:
+        """Keep TRL's count of tokens, and both parts of the loss for the log. One collective, one sync."""
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else None
+        if tokens is None:  # packed without padding
+            tokens = torch.tensor(inputs["input_ids"].numel(), device=nll.device)
+        parts = torch.stack(
+            [tokens.double(), nll.detach().double(), kl.detach().double(), counted.double()]
+        )
+        sums = self.accelerator.gather(parts.unsqueeze(0)).sum(dim=0).tolist()
+        self._total_train_tokens += int(sums[0])
+        metrics = self._metrics["train"]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["nll"].append(sums[1] / max(sums[3], 1.0))
+        metrics["kl"].append(sums[2] / max(sums[3], 1.0))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside else super()._get_output_dir(trial=trial)

@@ -40,20 +40,8 @@ def attach_slots(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Att
     Raises:
         ValueError: nothing is pruned, a named target doesn't exist, or the slots don't fit.
     """
-    layers = _linear_layers(model, config)
-    live_counts = _count_live(layers, ranks)
-    found = []
-    for (name, module), live in zip(layers, live_counts, strict=True):
-        shape = shards.shape_of(module.weight)
-        target = Target(name, (shape[0], shape[1]), live)
-        # A layer that was pruned away whole has nothing that a slot could sit on.
-        if live and 1 - live / target.numel >= config.min_sparsity:
-            found.append((target, module))
-    if not found:
-        raise ValueError(_nothing_pruned(layers, live_counts, config))
+    found = find_targets(model, config, ranks)
     targets = [t for t, _ in found]
-    for target, module in found:
-        target.pattern = _find_pattern(target, module.weight, config, ranks)
     total = total_slots(targets, config.density, config.trainable)
     assign_slots(targets, total)
     bits = [_live_bits(t, m.weight, ranks) for t, m in found]
@@ -66,6 +54,30 @@ def attach_slots(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Att
         assert isinstance(module, SeftLinear)
         attached.append(AttachedTarget(target, module, live))
     return attached
+
+
+def find_targets(
+    model: nn.Module, config: SeftConfig, ranks: Ranks
+) -> list[tuple[Target, nn.Linear]]:
+    """The pruned linear layers that `config` means, with their live counts and patterns. A collective.
+
+    Raises:
+        ValueError: nothing is pruned, or a named target doesn't exist or lacks the named pattern.
+    """
+    layers = _linear_layers(model, config)
+    live_counts = _count_live(layers, ranks)
+    found = []
+    for (name, module), live in zip(layers, live_counts, strict=True):
+        shape = shards.shape_of(module.weight)
+        target = Target(name, (shape[0], shape[1]), live)
+        # A layer that was pruned away whole has nothing that a slot could sit on.
+        if live and 1 - live / target.numel >= config.min_sparsity:
+            found.append((target, module))
+    if not found:
+        raise ValueError(_nothing_pruned(layers, live_counts, config))
+    for target, module in found:
+        target.pattern = _find_pattern(target, module.weight, config, ranks)
+    return found
 
 
 def _linear_layers(model: nn.Module, config: SeftConfig) -> list[tuple[str, nn.Linear]]:

@@ -53,7 +53,7 @@ class SparseEvolution:
         self.states = [WeightState(a, engine, ranks) for a in attached]
         self._slot_ranges = self._learn_slot_ranges()
         self.settings = EventSettings(
-            config.release, config.grow, config.prune, config.scope, config.nm
+            config.release, config.grow, config.prune, config.scope, config.nm, config.adapt
         )
         self.step = 0  # optimizer steps taken
         self.schedule: Schedule | None = None
@@ -256,9 +256,10 @@ class SparseEvolution:
         for rate, group in self._by_rate(ready).items():
             views = [self.states[i].shard(deltas[i], self._event_seed(i)) for i in group]
             changes.update(zip(group, plan(views, rate, self.settings, self.ranks), strict=True))
+        before = self._held_live(ready)
         for i, change in changes.items():
             self.states[i].apply(change)
-        counts, cut = self._count_after(ready)
+        counts, cut, before_counts = self._count_after(ready, before)
         seconds, sent = time.perf_counter() - started, self.ranks.bytes - bytes_before
         self.n_events += len(ready)
         self.event_seconds += seconds
@@ -266,7 +267,7 @@ class SparseEvolution:
         share = {"seconds": seconds / len(ready), "bytes": sent // len(ready)}
         for i, live, n_cut in zip(ready, counts, cut, strict=True):
             self._record(self.states[i], changes[i], live=live, cut=n_cut, **share)
-        self._check_counts(ready, counts)
+        self._check_counts(ready, counts, before_counts, changes)
 
     def _by_rate(self, ready: list[int]) -> dict[float, list[int]]:
         """Weights that drop the same share are decided together (a first event drops every slot)."""
@@ -284,18 +285,27 @@ class SparseEvolution:
         """A different seed for each weight and step, and the same after a resume."""
         return self.config.seed + self.step * len(self.states) + target
 
-    def _count_after(self, ready: list[int]) -> tuple[list[int], list[int]]:
-        """Live positions of each weight, and the moments of its fresh slots that 8-bit state cut. One sum."""
+    def _held_live(self, ready: list[int]) -> torch.Tensor:
+        """int64 (weights,): live positions of each weight among those that this rank owns."""
         states = [self.states[i] for i in ready]
-        device = states[0].live_bits.device
-        live = torch.tensor([mask.count(s.live_bits) for s in states], device=device)
+        counts = [mask.count(s.live_bits) for s in states]
+        return torch.tensor(counts, dtype=torch.int64, device=states[0].live_bits.device)
+
+    def _count_after(
+        self, ready: list[int], before: torch.Tensor
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Of each weight, over all ranks and by one sum: live positions, the moments of its fresh slots that
+        8-bit state cut, and live positions before the event (before: this rank's part)."""
+        states = [self.states[i] for i in ready]
+        live = self._held_live(ready)
         cut = torch.stack([s.cut_moments for s in states])
         if optimizer_state.is_replicated(self.engine):
             cut = cut * (self.ranks.rank == 0)  # every rank repairs every slot
-        both = self.ranks.sum_(torch.cat([live, cut])).tolist()
+        sums = self.ranks.sum_(torch.cat([live, cut, before])).tolist()
         for state in states:
             state.cut_moments.zero_()
-        return both[: len(ready)], both[len(ready) :]
+        n = len(ready)
+        return sums[:n], sums[n : 2 * n], sums[2 * n :]
 
     def _record(self, state: WeightState, change: Change, **measured: Any) -> None:
         self._tell(
@@ -317,8 +327,17 @@ class SparseEvolution:
         for listener in self.listeners:
             listener({"step": self.step, **record})
 
-    def _check_counts(self, ready: list[int], counts: list[int]) -> None:
-        """Invariant B, after every event."""
+    def _check_counts(
+        self, ready: list[int], counts: list[int], before: list[int], changes: dict[int, Change]
+    ) -> None:
+        """Invariant B, after every event; without `adapt`, that counts moved by what the changes say."""
+        moved = [
+            int(c.revived.sum()) - int(c.died.sum()) - c.pruned.numel()
+            for c in (changes[i] for i in ready)
+        ]
+        assert counts == [n + m for n, m in zip(before, moved, strict=True)], (counts, before)
+        if not self.config.adapt:
+            return
         if self.config.scope == "layer":
             wanted = [self.states[i].target.target_live for i in ready]
             assert counts == wanted, f"live counts {counts} after an event, wanted {wanted}"
@@ -362,7 +381,7 @@ class SparseEvolution:
             name = state.target.name
             _, values = shards.owned(state.weight, state.multiple, self.ranks)
             live = state.live()
-            dead = values[~live]
+            dead = values[~live.to(values.device)]
             if bool((dead != 0).any()) or bool(torch.signbit(dead).any()):
                 problems.append(f"{name}: a dead position is not +0.0")
             at = state.slots.position[state.slots.between(state.lo, state.hi)]
@@ -379,7 +398,8 @@ class SparseEvolution:
         live_counts, slots = totals[0::2], totals[1::2]
         wanted = [s.target.target_live for s in self.states]
         per_weight = self.config.scope == "layer"
-        if (per_weight and live_counts != wanted) or sum(live_counts) != sum(wanted):
+        off = (per_weight and live_counts != wanted) or sum(live_counts) != sum(wanted)
+        if off and self.config.adapt:
             problems.append(f"live counts {live_counts}, wanted {wanted}")
         if slots != [s.target.n_slots for s in self.states]:
             problems.append(f"slots {slots}, wanted {[s.target.n_slots for s in self.states]}")
@@ -389,7 +409,8 @@ class SparseEvolution:
 
     def _gather_positions(self) -> list[torch.Tensor]:
         """`seft_position` of every target, int64 (K,), on every rank. One gather."""
-        held = [shards.held(s.position, self.ranks)[1].long() for s in self.states]
+        device = self.states[0].live_bits.device
+        held = [shards.held(s.position, self.ranks)[1].to(device).long() for s in self.states]
         if not shards.is_partitioned(self.states[0].position):
             return held
         return gather_lists(held, self.ranks)

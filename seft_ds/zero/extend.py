@@ -50,9 +50,11 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
         "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
         "zero_quantized_weights": zero.zero_quantized_weights,
         "torch_autocast: use the bf16 section": engine.torch_autocast_enabled(),
-        "offload_param": zero.offload_param is not None and zero.offload_param.device != "none",
-        "offload_optimizer to nvme": zero.offload_optimizer is not None
-        and zero.offload_optimizer.device not in ("none", "cpu"),
+        "offload_param or offload_optimizer to nvme, since every step writes into the weights and every "
+        "event into the optimizer's state, which would have to be swapped in and out for it: use cpu": any(
+            part is not None and part.device not in ("none", "cpu")
+            for part in (zero.offload_param, zero.offload_optimizer)
+        ),
         "tensor, pipeline or sequence parallel": engine.dp_world_size != engine.world_size,
     }
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)

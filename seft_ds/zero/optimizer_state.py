@@ -66,13 +66,12 @@ class SlotShard:
         and were cut, int64 ().
         """
         self.master[index] = 0.0
-        cut = torch.zeros((), dtype=torch.int64, device=index.device)
         hyper = self.optimizer.param_groups[self.group]
         # Before the first step there is no state: every slot starts from zeros alike.
-        for name, moment in self.moments().items():
-            values = families.fresh(name, G, Q, window_steps, hyper, self.steps() or 0.0)
-            cut += moment.put(index + self.offset, values)
-        return cut
+        moments = self.moments()
+        taken = self.steps() or 0.0
+        values = {name: families.fresh(name, G, Q, window_steps, hyper, taken) for name in moments}
+        return families.place(moments, index + self.offset, values)
 
     def steps(self) -> float | None:
         """The optimizer's own count of steps, which bias correction needs; None before the first."""
@@ -186,17 +185,12 @@ def find(engine: Any, param: nn.Parameter, rank: int, size: int) -> SlotShard:
 
 
 def _stage3(outer: Any, param: nn.Parameter, rank: int, size: int) -> SlotShard:
-    if len(outer.fp32_partitioned_groups_flat) != len(outer.optimizer.param_groups):
-        raise ValueError(
-            "the deltas don't fit one ZeRO-3 sub-group, and SEFT has not been tested with several; "
-            'raise "sub_group_size" in the zero_optimization section above '
-            f"{sum(p.ds_numel for g in outer.fp16_groups for p in g)}"
-        )
-    group, offset, _ = outer.grad_position[outer.get_param_id(param)]
+    # A group of parameters is stepped in sub-groups, each a flat tensor of whole parameters.
+    sub_group, offset, _ = outer.grad_position[outer.get_param_id(param)]
     lo, hi = shard_range(param.ds_numel, rank, size)
-    flat = outer.fp32_partitioned_groups_flat[group]
+    flat = outer.fp32_partitioned_groups_flat[sub_group]
     part = SlotShard(lo, hi, flat if hi > lo else None, offset, outer.optimizer)
-    part.group = outer.sub_group_to_group_id[group]
+    part.group = outer.sub_group_to_group_id[sub_group]
     return part
 
 

@@ -62,7 +62,7 @@ def write(param: nn.Parameter, position: torch.Tensor, value: torch.Tensor, rank
     """Write `value` (k,) at flat `position` (k,), int64, where this rank holds them; skip the rest."""
     lo, values = held(param, ranks)
     mine = (position >= lo) & (position < lo + values.numel())
-    values[position[mine] - lo] = value[mine].to(values.dtype)
+    values[(position[mine] - lo).to(values.device)] = value[mine].to(values)
 
 
 def gather_whole(param: nn.Parameter, ranks: Ranks) -> torch.Tensor:

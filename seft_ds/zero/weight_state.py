@@ -59,7 +59,8 @@ class WeightState:
         self.lo, self.hi = shard_range(numel, ranks.rank, ranks.size, self.multiple)
         held_lo, held = shards.held(self.weight, ranks)
         self.held_lo, self.held_hi = held_lo, held_lo + held.numel()
-        self.live_bits = attached.live_bits.to(held.device)
+        # Masks, windows and events are on the device that computes, even if the weight is offloaded.
+        self.live_bits = attached.live_bits.to(engine.device)
         self.start_bits = self.live_bits.clone()
         self.slots = self._first_slots()
         # Owned positions whose value may differ from the model that the run started from.
@@ -69,9 +70,9 @@ class WeightState:
         self.window: Window | None = None
         self.n_events = 0
         # Moments of fresh slots beyond what their 8-bit block holds, so far, of the slots optimized here.
-        self.cut_moments = torch.zeros((), dtype=torch.int64, device=held.device)
+        self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
-        self.not_finite = torch.zeros((), dtype=torch.bool, device=held.device)  # set in backward
+        self.not_finite = torch.zeros((), dtype=torch.bool, device=engine.device)  # by backward
 
     def _first_slots(self) -> SlotTable:
         position = shards.gather_whole(self.position, self.ranks).long().to(self.live_bits.device)
@@ -87,7 +88,8 @@ class WeightState:
         lo, owned = shards.owned(self.weight, self.multiple, self.ranks)
         for begin, values in [(lo, owned), shards.held(self.weight, self.ranks)]:
             rows = table.between(begin, begin + values.numel())
-            table.base[rows] = values[table.position[rows] - begin]
+            at = (table.position[rows] - begin).to(values.device)
+            table.base[rows] = values[at].to(table.base.device)
         return table
 
     @property
@@ -116,7 +118,7 @@ class WeightState:
         lo, values = shards.held(self.weight, self.ranks)
         rows = self.slots.between(lo, lo + values.numel())
         new = self.slots.base[rows].float() + delta[self.slots.slot[rows]]
-        values[self.slots.position[rows] - lo] = new.to(values.dtype)
+        values[(self.slots.position[rows] - lo).to(values.device)] = new.to(values)
 
     def touch(self, position: torch.Tensor) -> None:
         """Note that the weight may change at `position` (k,), distinct; others' positions are skipped."""
@@ -135,7 +137,7 @@ class WeightState:
         return Shard(
             name=self.target.name,
             lo=lo,
-            weight=weight,
+            weight=weight.to(self.live_bits.device),
             live=self.live(),
             G=self.window.G,
             Q=self.window.Q,
@@ -202,4 +204,5 @@ class WeightState:
     def _move_positions(self, change: Change) -> None:
         lo, values = shards.held(self.position, self.ranks)
         mine = (change.released_slot >= lo) & (change.released_slot < lo + values.numel())
-        values[change.released_slot[mine] - lo] = change.fresh[mine].to(values.dtype)
+        at = (change.released_slot[mine] - lo).to(values.device)
+        values[at] = change.fresh[mine].to(values)

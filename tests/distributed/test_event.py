@@ -88,8 +88,9 @@ def check(states: list[dict], size: int, rate: float, **kw) -> int:
         ),  # fmt: skip
     )
     wanted = reference.event(
-        [as_reference(s) for s in states], rate, kw["release"], kw["prune"], kw["scope"], kw["nm"]
-    )
+        [as_reference(s) for s in states], rate, kw["release"], kw["prune"], kw["scope"], kw["nm"],
+        kw.get("adapt", True),
+    )  # fmt: skip
     for changes in results:  # every rank knows the same
         for state, change, want in zip(states, changes, wanted, strict=True):
             released = change.released.tolist()
@@ -110,7 +111,9 @@ def check(states: list[dict], size: int, rate: float, **kw) -> int:
             if state["pattern"] is not None:
                 n, m = state["pattern"]
                 assert (live.view(-1, m).sum(1) == n).all()
-    if kw["scope"] == "global":
+    if not kw.get("adapt", True):
+        assert not any(w.pruned for w in wanted)
+    elif kw["scope"] == "global":
         total = sum(len(w.revived) - len(w.died) - len(w.pruned) for w in wanted)
         assert total == 0
     else:
@@ -130,6 +133,20 @@ def test_unstructured(size: int, kind: str) -> None:
         states = [random_state(n, k, 10 * i + j, kind, None) for j, (n, k) in enumerate(shape)]
         revived += check(states, size, rate, release=release, prune=prune, scope=scope, nm="swap")
     assert revived > 0  # the comparison covered revivals, not only moves between live weights
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zero"])
+def test_without_adapt_nothing_pays_for_a_revival(kind: str) -> None:
+    revived = 0
+    for i, (size, release, scope, rate) in enumerate(
+        itertools.product([1, 3], ["fold", "revert"], ["layer", "global"], [0.3, 1.0])
+    ):
+        shape = [(97, 11), (61, 20), (5, 1)]
+        states = [random_state(n, k, 10 * i + j, kind, None) for j, (n, k) in enumerate(shape)]
+        revived += check(
+            states, size, rate, release=release, prune="taylor", scope=scope, nm="swap", adapt=False
+        )
+    assert revived > 0
 
 
 @pytest.mark.parametrize("size", RANKS)

@@ -219,7 +219,7 @@ def test_ranks_started_differently_are_told_before_any_step(home: Path) -> None:
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(home: Path) -> None:
     """--resume auto in a job script must not need a hand; a finished run's model is not touched."""
-    from seft_ds.train.run import goes_on
+    from seft_ds.train.opening import goes_on
 
     run = home / "early"
     run.mkdir()

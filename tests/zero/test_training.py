@@ -242,7 +242,7 @@ def test_awkward_sizes_and_all_scores_zero() -> None:
 
 
 def interrupted(
-    stage: int, bf16: bool, stop: int, kind: str, seft: dict, folder: str
+    stage: int, bf16: bool, stop: int, kind: str, seft: dict, zero: dict, folder: str
 ) -> tuple[list, list]:
     """Weights after 20 steps in one go, and after stopping at `stop` and resuming in a new engine."""
     import seft_ds
@@ -252,6 +252,8 @@ def interrupted(
         torch.manual_seed(0)
         model = tiny_model(kind, torch.bfloat16 if bf16 else torch.float32)
         settings = config(stage, bf16, total_steps=20, **seft)
+        settings["zero_optimization"] |= zero
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's is there uncompiled
         return seft_ds.initialize(model=model, config=settings)[0]
 
     def steps(engine, first: int, last: int):
@@ -287,12 +289,14 @@ def interrupted(
 def interrupted_all(folder: str) -> list:
     results = []
     # 8 is inside the windows of some weights and an event of others; 10 is an event step.
-    cases = [
-        (0, False, 8, "llama", {}),
-        (1, True, 8, "llama", {"release": "revert", "grow": "random", "start": "gradient"}),
-        (2, False, 10, "llama", {"scope": "global", "waves": False, "release": "revert"}),
-        (3, True, 8, "llama24", {"release": "revert"}),
-        (3, False, 9, "llama", {"prune": "fisher"}),
+    cpu = {"device": "cpu"}
+    cases: list[tuple] = [
+        (0, False, 8, "llama", {}, {}),
+        (1, True, 8, "llama", {"release": "revert", "grow": "random", "start": "gradient"}, {}),
+        (2, False, 10, "llama", {"scope": "global", "waves": False, "release": "revert"}, {}),
+        (3, True, 8, "llama24", {"release": "revert"}, {}),
+        (3, False, 9, "llama", {"prune": "fisher"}, {"sub_group_size": 40}),
+        (3, True, 9, "llama", {}, {"offload_param": cpu, "offload_optimizer": cpu}),
     ]
     for n, case in enumerate(cases):
         results.append(interrupted(*case, f"{folder}/{n}"))

@@ -1,0 +1,198 @@
+"""What every run goes through before and while it trains, whatever trains: checks, data, model, Trainer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from seft_ds.checkpoint.export import versions
+from seft_ds.config import check_batch_sizes
+from seft_ds.console import model_folder
+from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
+from seft_ds.distributed.collectives import ProcessRanks
+from seft_ds.report.card import write_model_card
+from seft_ds.report.facts import facts_of
+from seft_ds.report.journal import JOURNAL_NAME, read_journal
+from seft_ds.report.page import write_report
+from seft_ds.targets import Target
+from seft_ds.train.arguments import Arguments, model_dtype, parse
+from seft_ds.train.data import describe_sample, load_rows
+from seft_ds.train.distill import check_teacher, load_teacher
+from seft_ds.train.opening import RECORD_NAME, OpenRun, check_output, goes_on, resolved, take_own
+from seft_ds.train.resume import check_batch, find_checkpoint
+from seft_ds.train.run_dir import RunLock
+from seft_ds.train.trainer import SparseSFTTrainer
+
+
+@dataclass
+class Job:
+    """One run, accepted as far as can be told without loading its model."""
+
+    arguments: Arguments
+    ranks: ProcessRanks
+    folder: Path  # of the model that is repaired
+    output: Path
+    checkpoint: Path | None  # that it goes on from
+    lock: RunLock
+    teacher: Path | None = None  # folder of the dense model, for distillation
+
+    def say(self, *lines: str) -> None:
+        """Print on rank 0."""
+        if self.ranks.rank == 0:
+            print(*lines, sep="\n", flush=True)
+
+
+def accept(argv: list[str], ranks: ProcessRanks) -> Job:
+    """Refuse what can be refused before time is spent. A collective.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    arguments = all_or_none(ranks, lambda: parse(argv))
+    run, method = arguments.run, arguments.method
+    output = Path(str(run.output_dir))
+    folder = all_or_none(ranks, lambda: model_folder(arguments.model.model_name_or_path))
+    teacher = None
+    if method.distill:
+        teacher = all_or_none(ranks, partial(model_folder, method.distill))
+        all_or_none(ranks, partial(check_teacher, teacher, folder))
+    check_agreement(arguments, [f for f in (folder, teacher) if f is not None], ranks)
+    check_batch_sizes(arguments.deepspeed, ranks.size)
+    lock = RunLock()
+    all_or_none(ranks, lambda: take_own(output, arguments, lock, ranks))
+    checkpoint = find_checkpoint(run.resume, output, ranks)
+    all_or_none(ranks, lambda: check_output(output, arguments, folder, checkpoint))
+    if checkpoint is not None:
+        rows = run.per_device_train_batch_size * run.gradient_accumulation_steps * ranks.size
+        all_or_none(ranks, lambda: check_batch(checkpoint, rows))
+    return Job(arguments, ranks, folder, output, checkpoint, lock, teacher)
+
+
+def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRanks) -> None:
+    """Were all ranks started with the same command, versions, models and data?
+
+    Raises:
+        ValueError: on every rank, naming what differs and on which ranks.
+    """
+    settings = resolved(arguments)
+    for name in ("local_rank", "logging_dir", "run_name", "use_cpu", "dataloader_pin_memory"):
+        settings["run"].pop(name, None)  # of one process or machine
+    agree(ranks, settings | {"versions": versions()}, "the settings")
+    for folder in folders:
+        agree(ranks, all_or_none(ranks, partial(folder_facts, folder)), f"the files of {folder}")
+    data = arguments.data
+    for file in (data.train_file, data.validation_file):
+        if file:
+            agree(ranks, all_or_none(ranks, partial(file_facts, Path(file))), f"the data {file}")
+
+
+def load_model(job: Job) -> Any:
+    """The pruned model; under ZeRO-3 partitioned while it loads."""
+    dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype, trust_remote_code=False)
+    model.config.use_cache = False
+    return model
+
+
+def check_loaded(targets: list[Target], folder: Path) -> None:
+    """Compare what was loaded with the model's own record, where it has one.
+
+    Raises:
+        ValueError: the live counts differ: the files were changed, or loading under ZeRO-3 went wrong.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return
+    recorded = json.loads(path.read_text())["targets"]
+    for target in targets:
+        entry = recorded.get(f"{target.name}.weight")
+        if entry is not None and entry["live"] != target.target_live:
+            raise ValueError(
+                f"{target.name}: {target.target_live} nonzero weights were loaded, but {path} says "
+                f"{entry['live']}; check the files with launch/verify.py {folder}"
+            )
+
+
+def read_data(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation rows; rank 0 of each machine reads first, the others find its cache."""
+    data = arguments.data
+    with arguments.run.main_process_first(desc="reading the data"):
+        rows = load_rows(data.train_file, data.dataset_name, data.dataset_config, "train")
+        if data.max_train_samples:
+            rows = rows.select(range(min(data.max_train_samples, len(rows))))
+        held_out = None
+        if data.validation_file:
+            held_out = load_rows(data.validation_file, None, None, "train")
+    return rows, held_out
+
+
+def make_trainer(
+    job: Job,
+    model: Any,
+    data: tuple[Dataset, Dataset | None],
+    callback: TrainerCallback,
+    about: str,
+) -> SparseSFTTrainer | None:
+    """The Trainer, with everything told that a user wants to see first; None after a dry run.
+
+    Args:
+        model: with what trains in it.
+        callback: the method's own.
+        about: what trains, in a line.
+    """
+    run, method = job.arguments.run, job.arguments.method
+    if run.dry_run:
+        run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
+    continued = goes_on(job.output, job.checkpoint, run.resume)
+    opening = OpenRun(job.output, job.arguments, continued, job.ranks, job.checkpoint, job.lock)
+    tokenizer = AutoTokenizer.from_pretrained(job.folder, trust_remote_code=False)
+    trainer = SparseSFTTrainer(
+        model=model,
+        args=run,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        processing_class=tokenizer,
+        callbacks=[opening, callback],
+    )
+    trainer.seft_source = str(job.folder)
+    opening.trainer = trainer
+    if job.ranks.rank == 0:
+        job.say(about, describe_sample(trainer, tokenizer))
+    if run.dry_run:
+        shutil.rmtree(str(run.output_dir), ignore_errors=True)
+        return None
+    if job.teacher is not None:
+        dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
+        trainer.teacher = load_teacher(job.teacher, dtype, trainer.accelerator)
+        trainer.distill_weight = method.distill_weight
+    return trainer
+
+
+def sparsity_line(targets: list[Target]) -> str:
+    """How sparse the targets are, and what trains, in a line."""
+    live, total = sum(t.target_live for t in targets), sum(t.numel for t in targets)
+    patterns = sorted({f"{p[0]}:{p[1]}" for t in targets if (p := t.pattern)}) or ["unstructured"]
+    return (
+        f"{len(targets)} sparse weights, {', '.join(patterns)}: {live:,} of {total:,} live "
+        f"({1 - live / total:.2%} sparse)"
+    )
+
+
+def finish(output: Path, record: dict[str, Any]) -> None:
+    """Report and model card, and where everything is."""
+    report = write_report(output)
+    write_model_card(output, record, facts_of(read_journal(output / JOURNAL_NAME)))
+    print(
+        f"{record['live']:,} of {record['total']:,} target weights are live, "
+        f"{record['sparsity']:.4%} sparse, recounted from the files\n"
+        f"model:   {output}\nreport:  {report}\njournal: {output / JOURNAL_NAME}",
+        flush=True,
+    )

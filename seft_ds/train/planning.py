@@ -1,0 +1,166 @@
+"""From a model's config to a plan of memory: what a run will hold on each rank, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from seft_ds.config import SeftConfig
+from seft_ds.memory import HELD, Plan, Setup, plan
+from seft_ds.targets import Target, assign_slots, matches, total_slots
+
+GIB = 1 << 30
+
+
+@dataclass
+class Shapes:
+    """What a plan needs to know of a model."""
+
+    targets: list[Target]
+    others: list[int]  # entries of every other parameter
+    layers: int
+    hidden: int
+    intermediate: int
+    key_values: int  # width of all key heads together
+    vocabulary: int
+
+    @property
+    def numel(self) -> int:
+        return sum(t.numel for t in self.targets) + sum(self.others)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank works on in a step."""
+
+    micro_batch: int = 1
+    length_tokens: int = 2048
+    checkpointing: bool = True
+
+
+def shapes_of_config(path: str | Path, config: SeftConfig, sparsity: float) -> Shapes:
+    """Shapes of the model that a folder or a config.json describes; no weights are needed.
+
+    Every linear layer but the output head counts as pruned to `sparsity`.
+
+    Raises:
+        ValueError: no config there, or of a model that transformers can't make.
+    """
+    path = Path(path)
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--model_name_or_path {path}: no config of a causal language model ({error}); give a model's "
+            "folder or its config.json"
+        ) from None
+    return shapes_of_model(model, config, sparsity)
+
+
+def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
+    """The same of a model that is there, on whatever device.
+
+    Raises:
+        ValueError: no linear layer matches the targets, or a weight gets more slots than live entries.
+    """
+    head = model.get_output_embeddings()
+    targets, ours = [], set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and matches(name, config.targets):
+            shape = (module.out_features, module.in_features)
+            live = round((1 - sparsity) * module.weight.numel())
+            targets.append(Target(name, shape, live))
+            ours.add(id(module.weight))
+    if not targets:
+        raise ValueError(f'no linear layer of this model matches "targets": {config.targets!r}')
+    assign_slots(targets, total_slots(targets, config.density, config.trainable))
+    others = [p.numel() for p in model.parameters() if id(p) not in ours]
+    c = model.config.get_text_config()
+    heads = int(getattr(c, "num_attention_heads", 1))
+    head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // heads)
+    return Shapes(
+        targets,
+        others,
+        layers=int(c.num_hidden_layers),
+        hidden=int(c.hidden_size),
+        intermediate=int(getattr(c, "intermediate_size", 4 * c.hidden_size)),
+        key_values=head_dim * int(getattr(c, "num_key_value_heads", None) or heads),
+        vocabulary=int(c.vocab_size),
+    )
+
+
+def activation_bytes(shapes: Shapes, work: Work, dtype_bytes: int) -> int:
+    """What the forward pass keeps for backward, at its highest: an estimate for LLaMA-like blocks.
+
+    A block keeps its input, both norms' inputs and outputs, queries, keys and values before and after
+    rotation, the attention's output, and gate, up, their product and the activation. With checkpointing
+    only its input is kept, and one block at a time the rest. Logits: bf16, fp32, and their gradient.
+    """
+    tokens = work.micro_batch * work.length_tokens
+    block = 8 * shapes.hidden + 4 * shapes.key_values + 4 * shapes.intermediate
+    if work.checkpointing:
+        kept = shapes.layers * shapes.hidden + block
+    else:
+        kept = shapes.layers * block
+    return tokens * (kept * dtype_bytes + shapes.vocabulary * (dtype_bytes + 8))
+
+
+def plan_run(
+    shapes: Shapes, setup: Setup, work: Work, config: SeftConfig, total_steps: int = 1000
+) -> Plan:
+    """Bytes of every part on the rank that holds most."""
+    passing = {"activations": activation_bytes(shapes, work, setup.dtype_bytes)}
+    return plan(shapes.targets, shapes.others, setup, config, total_steps, passing)
+
+
+def table(result: Plan, ranks_per_node: int) -> str:
+    """The plan as text: one line a part."""
+    lines = [f"{'part':<20}{'device, GiB':>14}{'host, GiB':>12}"]
+    for part in dict.fromkeys([*HELD, *result.device, *result.host]):
+        device, host = result.device.get(part, 0), result.host.get(part, 0)
+        mark = "" if part in HELD else "  (estimate)"
+        lines.append(f"{part:<20}{device / GIB:>14.3f}{host / GIB:>12.3f}{mark}")
+    lines.append(f"{'all':<20}{result.device_total / GIB:>14.3f}{result.host_total / GIB:>12.3f}")
+    if result.host_total:
+        a_node = ranks_per_node * result.host_total / GIB
+        lines.append(f"host memory of a node with {ranks_per_node} ranks: {a_node:.3f} GiB")
+    return "\n".join(lines)
+
+
+def what_would_fit(
+    shapes: Shapes, setup: Setup, work: Work, config: SeftConfig, device_bytes: float
+) -> list[str]:
+    """Single changes after which a rank fits its device; with none, the one that brings most."""
+    changes: dict[str, tuple[Setup, Work]] = {}
+    if not setup.eight_bit:
+        changes["--optim adamw_bnb_8bit"] = replace(setup, optimizer="adamw8bit"), work
+    if setup.stage < 3:
+        changes["ZeRO stage 3 (ds_configs/zero3.json)"] = replace(setup, stage=3), work
+    if not setup.offload_optimizer:
+        moved = replace(setup, offload_optimizer=True)
+        changes['"offload_optimizer": {"device": "cpu"}'] = moved, work
+    if setup.stage == 3 and not setup.offload_param:
+        moved = replace(setup, offload_optimizer=True, offload_param=True)
+        changes['"offload_param" and "offload_optimizer": {"device": "cpu"}'] = moved, work
+    if not work.checkpointing:
+        changes["--gradient_checkpointing true"] = setup, replace(work, checkpointing=True)
+    if work.micro_batch > 1:
+        changes["--per_device_train_batch_size 1"] = setup, replace(work, micro_batch=1)
+    if setup.stage == 3:
+        fewer = replace(setup, live_parameters=min(setup.live_parameters, 100_000_000))
+        changes['"stage3_max_live_parameters": 1e8'] = fewer, work
+    for factor in (2, 4, 8) if setup.stage == 3 else ():
+        changes[f"{factor} times the ranks"] = replace(setup, ranks=factor * setup.ranks), work
+    needs = {c: plan_run(shapes, *to, config).device_total for c, to in changes.items()}
+    fitting = [change for change, need in needs.items() if need <= device_bytes]
+    if fitting:
+        return [f"it fits with {change}" for change in fitting]
+    best = min(needs, key=lambda change: needs[change])
+    return [f"no single change is enough; {best} comes to {needs[best] / GIB:.1f} GiB"]
