@@ -1,7 +1,8 @@
-"""How much memory a repair run will take on each GPU and host, before it starts; no weights are needed.
+"""How much memory a repair or a pruning run will take, before it starts; no weights are needed.
 
     python launch/plan.py --model_name_or_path DIR_OR_CONFIG --nodes 4 --gpus_per_node 8 \\
         --deepspeed ds_configs/zero3_8bit.json --max_length 2048 --gpu_memory_gib 80
+    python launch/plan.py --model_name_or_path DIR_OR_CONFIG --gpus_per_node 8 --prune sparsegpt
 
 Prints bytes by part, those of the rank that holds most, and whether it fits; if not, what would.
 Exit status: 0; 1 if `--gpu_memory_gib` is given and it does not fit; 2 for a mistake in the input.
@@ -14,6 +15,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +32,11 @@ class PlanArguments:
     """The run that is planned, in the words of launch/finetune.py, and the machines."""
 
     model_name_or_path: str = field(metadata={"help": "a model's folder, or a config.json"})
-    deepspeed: str = field(metadata={"help": "the DeepSpeed config of the run"})
+    deepspeed: str | None = field(default=None, metadata={"help": "DeepSpeed config of a repair"})
+    prune: str | None = field(
+        default=None, metadata={"help": "instead: wanda, sparsegpt, magnitude"}
+    )
+    calibration_samples: int = field(default=128, metadata={"help": "sequences that prune uses"})
     nodes: int = field(default=1, metadata={"help": "machines"})
     gpus_per_node: int = field(default=1, metadata={"help": "ranks on each"})
     sparsity: float = field(default=0.5, metadata={"help": "of the weights that are repaired"})
@@ -46,7 +52,10 @@ class PlanArguments:
 
 def check(options: PlanArguments) -> None:
     """Raises ValueError for numbers that no run could have."""
+    if (options.deepspeed is None) == (options.prune is None):
+        raise ValueError("give one of --deepspeed (the plan of a repair) and --prune (of pruning)")
     for name in (
+        "calibration_samples",
         "nodes",
         "gpus_per_node",
         "max_steps",
@@ -69,13 +78,17 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
     from seft_ds.train import planning
 
     check(options)
-    settings = with_overrides(load_deepspeed_config(options.deepspeed), seft_flags)
-    config = parse_seft(settings.get("seft", {}))
-    shapes = planning.shapes_of_config(options.model_name_or_path, config, options.sparsity)
+    model = planning.model_of_config(options.model_name_or_path)
     dtype = torch_dtype(options.dtype)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype {options.dtype}: wanted bfloat16 or float32")
     ranks = options.nodes * options.gpus_per_node
+    if options.prune is not None:
+        show_pruning(options, model, dtype, ranks)
+        return
+    settings = with_overrides(load_deepspeed_config(str(options.deepspeed)), seft_flags)
+    config = parse_seft(settings.get("seft", {}))
+    shapes = planning.shapes_of_model(model, config, options.sparsity)
     setup = Setup.from_config(settings, ranks, dtype.itemsize, options.optim, shapes.hidden)
     work = planning.Work(
         options.per_device_train_batch_size, options.max_length, options.gradient_checkpointing
@@ -90,11 +103,33 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
     if options.json:
         facts = asdict(result) | {"parameters": shapes.numel, "slots": slots, "ranks": ranks}
         Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
+    bytes_there = (options.gpu_memory_gib or 0) * planning.GIB
+    ways: list[str] = []
+    if result.device_total > bytes_there > 0:
+        ways = planning.what_would_fit(shapes, setup, work, config, bytes_there)
+    tell_fit(options, result.device_total, ways)
+
+
+def show_pruning(options: PlanArguments, model: Any, dtype: torch.dtype, ranks: int) -> None:
+    """The same for launch/prune.py, which holds one block at a time."""
+    from seft_ds.prune.plan import pruning_plan
+    from seft_ds.prune.recipe import UNITS
+
+    if options.prune not in UNITS:
+        raise ValueError(f"--prune {options.prune}: wanted one of {', '.join(UNITS)}")
+    result = pruning_plan(
+        model, options.prune, sequences=options.calibration_samples,
+        length_tokens=options.max_length, dtype=dtype, ranks=ranks,
+    )  # fmt: skip
+    print("\n".join(result.lines()))
+    tell_fit(options, result.device_bytes, ["--max_length and the model's blocks decide"])
+
+
+def tell_fit(options: PlanArguments, needed_bytes: int, ways: list[str]) -> None:
+    """Say whether it fits, if that was asked. RunError, with `ways` to change it, if not."""
     if options.gpu_memory_gib is None:
         return
-    bytes_there = options.gpu_memory_gib * planning.GIB
-    if result.device_total > bytes_there:
-        ways = planning.what_would_fit(shapes, setup, work, config, bytes_there)
+    if needed_bytes > options.gpu_memory_gib * 2**30:
         raise RunError(
             f"does not fit into {options.gpu_memory_gib:g} GiB a GPU; " + "; ".join(ways)
         )
@@ -104,9 +139,9 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
 def main() -> None:
     from transformers import HfArgumentParser
 
-    from seft_ds.train.arguments import _split_seft_flags
+    from seft_ds.train.arguments import split_seft_flags
 
-    rest, seft_flags = _split_seft_flags(sys.argv[1:])
+    rest, seft_flags = split_seft_flags(sys.argv[1:])
     parser = HfArgumentParser(PlanArguments, description=(__doc__ or "").splitlines()[0])
     (options,) = parser.parse_args_into_dataclasses(args=rest)
     show(options, seft_flags)

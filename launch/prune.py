@@ -2,11 +2,13 @@
 
     deepspeed launch/prune.py --model_name_or_path DIR --output_dir PRUNED --method wanda \\
         --sparsity 0.6 --calibration_file TEXT
-    python launch/prune.py --model_name_or_path DIR --output_dir PRUNED --method magnitude --pattern 2:4
+    python launch/prune.py --model_name_or_path DIR --output_dir PRUNED --method sparsegpt --pattern 2:4
 
-Runs the same under `python`, `deepspeed` and `torchrun`; several ranks share the calibration
-sequences and every one of them holds the whole model. Exit status: 0; 2 for a mistake in the
-input; 1 for any other error, the loss of a rank among them.
+The model is read from its safetensors one block at a time, so that it may be larger than the memory of any
+rank; --dry_run says how much that takes. Runs the same under `python`, `deepspeed` and `torchrun`; several
+ranks share the calibration sequences. A run that was cut off goes on after its last whole block when it is
+started again. Exit status: 0; 2 for a mistake in the input; 1 for any other error, the loss of a rank among
+them.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from seft_ds.console import model_folder, prepare_device, run, torch_dtype
+from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
 from seft_ds.prune.choose import Budget
+from seft_ds.prune.owl import OwlSettings
+from seft_ds.prune.recipe import Recipe, recipe_of
+from seft_ds.prune.work import FOLDER_NAME, Work, is_resumable
 
 
 @dataclass
@@ -37,9 +42,18 @@ class PruneArguments:
 
     model_name_or_path: str = field(metadata={"help": "folder of the dense model"})
     output_dir: str = field(metadata={"help": "where the pruned model goes"})
-    method: str = field(default="wanda", metadata={"help": "wanda or magnitude"})
+    method: str = field(default="wanda", metadata={"help": "wanda, sparsegpt or magnitude"})
     sparsity: float | None = field(default=None, metadata={"help": "share to prune, such as 0.6"})
     pattern: str | None = field(default=None, metadata={"help": "N:M, N of every M inputs stay"})
+    budget: str = field(
+        default="auto",
+        metadata={"help": "what competes: row, weight, global, or auto (the paper's)"},
+    )
+    layerwise: str = field(
+        default="uniform", metadata={"help": "uniform, or owl: blocks with outliers keep more"}
+    )
+    owl_m: float = field(default=5.0, metadata={"help": "an outlier is this many times the mean"})
+    owl_lambda: float = field(default=0.08, metadata={"help": "half the range of densities"})
     calibration_file: str | None = field(
         default=None, metadata={"help": '.txt (a text a line), .json or .jsonl ("text"), also .gz'}
     )
@@ -51,24 +65,31 @@ class PruneArguments:
     seed: int = field(default=0, metadata={"help": "chooses the calibration sequences"})
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
     overwrite: bool = field(default=False, metadata={"help": "replace what output_dir holds"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "say what would be pruned and how much memory it takes"}
+    )
     local_rank: int = field(default=-1, metadata={"help": "set by the deepspeed launcher"})
 
 
-def check(options: PruneArguments) -> tuple[Path, Budget]:
-    """The model folder and the budget, after every check that needs no model.
+def check(options: PruneArguments) -> tuple[Path, Recipe]:
+    """The model folder and the recipe, after every check that needs no model.
 
     Raises:
         ValueError: what is wrong and what to change.
     """
-    if options.method not in ("wanda", "magnitude"):
-        raise ValueError(f"got --method {options.method}; wanted wanda or magnitude")
-    budget = Budget(options.sparsity, options.pattern)
+    recipe = recipe_of(
+        options.method,
+        Budget(options.sparsity, options.pattern),
+        options.budget,
+        options.layerwise,
+        OwlSettings(options.owl_m, options.owl_lambda),
+    )
     torch_dtype(options.dtype)
-    if options.method == "wanda":
+    if recipe.needs_text:
         check_calibration(options)
     folder = model_folder(options.model_name_or_path)
     check_output(Path(options.output_dir), folder, options.overwrite)
-    return folder, budget
+    return folder, recipe
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -77,7 +98,7 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ValueError(f"--output_dir {output} is a file; give a folder")
     if source.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"--output_dir {output} holds the dense model; give another folder")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not any(output.iterdir()) or is_resumable(output):
         return
     if not overwrite:
         raise ValueError(
@@ -92,32 +113,43 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replacing(output: Path) -> Iterator[None]:
-    """Set aside the model that `output` holds, if any; delete it at the end, or put it back on error."""
+    """Set aside the model that `output` holds, if any; delete it at the end, or put it back on error.
+
+    The folder of unfinished work stays where it is. A run that was killed in here has left the old model
+    aside: it is deleted when a later run has written the new one.
+    """
     old = output.with_name(f".{output.name}.replaced")
-    if not output.is_dir():
-        yield
-        return
-    shutil.rmtree(
-        old, ignore_errors=True
-    )  # of a run that was killed after it had written its model
-    output.rename(old)
+    moved = (output / "config.json").is_file() and not is_resumable(output)
+    if moved:
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed after it had written
+        output.rename(old)
+        _move_work(old, output)
     try:
         yield
     except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
-        old.rename(output)
+        if moved:
+            Work(output).end_assembling()  # or the old model would pass for a half-written one
+            _move_work(output, old)
+            shutil.rmtree(output, ignore_errors=True)
+            old.rename(output)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_work(there: Path, here: Path) -> None:
+    if (there / FOLDER_NAME).is_dir():
+        here.mkdir(exist_ok=True)
+        (there / FOLDER_NAME).rename(here / FOLDER_NAME)
 
 
 def check_calibration(options: PruneArguments) -> None:
-    """Raises ValueError unless exactly one source of calibration text is given and readable."""
+    """Raises ValueError unless at most one source of calibration text is given, and readable."""
     from seft_ds.prune.calibrate import check_text_file
 
-    if (options.calibration_file is None) == (options.calibration_dataset is None):
+    if options.calibration_file is not None and options.calibration_dataset is not None:
         raise ValueError(
-            "--method wanda needs calibration text from exactly one source: give "
-            "--calibration_file FILE or --calibration_dataset NAME (--method magnitude needs none)"
+            "got --calibration_file and --calibration_dataset; give one source of calibration text, or "
+            "neither for the built-in one"
         )
     if options.calibration_file is not None:
         check_text_file(options.calibration_file)
@@ -128,74 +160,195 @@ def check_calibration(options: PruneArguments) -> None:
         )
 
 
-def calibration(options: PruneArguments, tokenizer: Any, longest_tokens: int) -> torch.Tensor:
-    """int64 (samples, max_length): the calibration sequences, the same on every rank."""
-    from seft_ds.prune.calibrate import dataset_texts, read_texts, sequences
+def calibration(options: PruneArguments, folder: Path, longest_tokens: int) -> torch.Tensor:
+    """int64 (samples, max_length): the calibration sequences, the same on every rank.
+
+    The built-in text gives fewer where it has no more.
+    """
+    from transformers import AutoTokenizer
+
+    from seft_ds.prune.calibrate import dataset_texts, default_texts, read_texts, sequences
 
     if options.max_length > longest_tokens:
         raise ValueError(
             f"got --max_length {options.max_length}, but the model takes {longest_tokens} tokens; "
             "give that or less"
         )
+    built_in = False
     if options.calibration_file is not None:
         texts: Sequence[str] = read_texts(options.calibration_file)
-    else:
-        assert options.calibration_dataset is not None
+    elif options.calibration_dataset is not None:
         texts = dataset_texts(options.calibration_dataset)
-    return sequences(
-        tokenizer, texts, options.calibration_samples, options.max_length, options.seed
-    )
+    else:
+        texts, built_in = default_texts(), True
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    samples = options.calibration_samples
+    found = sequences(tokenizer, texts, samples, options.max_length, options.seed, fewer=built_in)
+    if built_in:
+        few = "" if len(found) == samples else f", which has no more than {len(found)} of them"
+        say(
+            f"calibrating with {len(found)} sequences of {options.max_length} tokens of Python's own "
+            f"manual{few}: a stand-in, text like what the model is for is better (--calibration_file)"
+        )
+    return found
 
 
-def about(options: PruneArguments, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def say(line: str) -> None:
+    """Print a line on the first rank."""
+    if is_first_rank():
+        print(line, flush=True)
+
+
+def about(
+    options: PruneArguments, recipe: Recipe, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
     """What the written model says about how it came to be; names only, no paths of this machine."""
-    settings = asdict(options) | {"dtype": str(dtype).removeprefix("torch.")}
-    for unrelated in ("model_name_or_path", "output_dir", "overwrite", "local_rank"):
-        del settings[unrelated]
-    if options.method == "magnitude":
-        settings = {k: settings[k] for k in ("method", "sparsity", "pattern", "dtype")}
+    settings = asdict(options) | {"dtype": str(dtype).removeprefix("torch."), "budget": recipe.unit}
+    unrelated = ["model_name_or_path", "output_dir", "overwrite", "dry_run", "local_rank"]
+    unrelated += ["owl_m", "owl_lambda"] * (recipe.owl is None)
+    unrelated += ["budget"] * (recipe.budget.pattern is not None)
+    if not recipe.needs_text:
+        unrelated += ["calibration_file", "calibration_dataset", "calibration_samples"]
+        unrelated += ["max_length", "seed"]
     elif options.calibration_file is not None:
         settings["calibration_file"] = Path(options.calibration_file).name
+    for name in unrelated:
+        settings.pop(name, None)
     return {"base_model": folder.resolve().name, "pruning": settings}
 
 
-def prune(options: PruneArguments) -> None:
-    """Check, load, prune, write."""
-    folder, budget = check(options)
-    device = prepare_device()
-    # Only now the slow imports: a mistake in the arguments is told at once.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass
+class Prepared:
+    """The model's structure, where its tensors are, and the text."""
 
-    from seft_ds.checkpoint.pruned import save_pruned
+    model: Any
+    tensors: dict[str, Any]  # name -> Stored
+    dtype: torch.dtype
+    sequences: torch.Tensor | None
+
+
+def prepare(
+    options: PruneArguments, recipe: Recipe, folder: Path, device: torch.device
+) -> Prepared:
+    """Everything that can be known before a weight is read.
+
+    Raises:
+        ValueError: the model, its files or the text can't be used; what to change.
+    """
+    from seft_ds.prune.blocks import check_pattern_fits, decoder_blocks
+    from seft_ds.prune.empty import empty_model, read_config
+    from seft_ds.prune.source import main_dtype, match_names, stored_tensors
+
+    stored = stored_tensors(folder)
+    config = read_config(folder)
+    wanted = torch_dtype(options.dtype)
+    if not isinstance(wanted, torch.dtype):  # what from_pretrained's "auto" takes
+        wanted = getattr(config, "dtype", None) or main_dtype(stored)
+    assert isinstance(wanted, torch.dtype)
+    model = empty_model(folder, wanted, device)
+    check_pattern_fits(decoder_blocks(model), recipe.budget)
+    tensors = match_names(model, stored)
+    sequences = None
+    if recipe.needs_text and not options.dry_run:
+        longest = int(getattr(config, "max_position_embeddings", None) or options.max_length)
+        sequences = calibration(options, folder, longest)
+    return Prepared(model, tensors, wanted, sequences)
+
+
+def dry_run(options: PruneArguments, recipe: Recipe, prepared: Prepared) -> None:
+    """Print what would be pruned, and the plan of memory."""
+    from seft_ds.prune.blocks import decoder_blocks, weight_shapes
+    from seft_ds.prune.plan import pruning_plan
+
+    blocks = decoder_blocks(prepared.model)
+    shapes = weight_shapes(blocks)
+    total = sum(out * inputs for out, inputs in shapes.values())
+    how = recipe.budget.pattern or f"{recipe.budget.sparsity:.4g} per {recipe.unit}"
+    say(f"{recipe.method}, {how}: {len(shapes)} weights in {len(blocks)} blocks, {total:,} entries")
+    plan = pruning_plan(
+        prepared.model,
+        recipe.method,
+        sequences=options.calibration_samples,
+        length_tokens=options.max_length,
+        dtype=prepared.dtype,
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    for line in plan.lines():
+        say(line)
+
+
+def prune(options: PruneArguments) -> None:
+    """Check, read, prune, write."""
+    folder, recipe = check(options)
+    device = prepare_device()
+    if options.dry_run:
+        dry_run(options, recipe, prepare(options, recipe, folder, device))
+        return
+    # Only now the slow imports: a mistake in the arguments is told at once.
+    from seft_ds.distributed.agreement import agree, all_or_none
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers
-    from seft_ds.prune.walk import prune_by_magnitude, prune_by_wanda
+    from seft_ds.prune.folder import assemble, find_quotas, prune_blocks, settings_of
+    from seft_ds.prune.source import FromFiles
+    from seft_ds.train.run_dir import RunLock
 
     ranks = init_ranks()
     watch_peers(ranks)
     first = ranks.rank == 0
     start = time.monotonic()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch_dtype(options.dtype), trust_remote_code=False
+    ready = all_or_none(ranks, lambda: prepare(options, recipe, folder, device))
+    settings = settings_of(recipe, folder, ready.dtype, ready.sequences)
+    agree(ranks, settings, "what to prune")
+    output = Path(options.output_dir)
+    work, lock = Work(output), RunLock()
+
+    def begin() -> set[int]:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        lock.take(work.folder)
+        return work.begin(settings, options.overwrite)
+
+    finished = ranks.gather_object(all_or_none(ranks, lambda: begin() if first else set()))[0]
+    source = FromFiles(
+        ready.model,
+        ready.tensors,
+        work,
+        ready.dtype,
+        device,
+        writes=first or recipe.method == "magnitude",
+        finished=set(finished),
     )
-    model = model.to(device)
-    if options.method == "magnitude":
-        targets = prune_by_magnitude(model, budget, progress=first)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        longest = int(getattr(model.config, "max_position_embeddings", options.max_length))
-        tokens = calibration(options, tokenizer, longest)
-        targets = prune_by_wanda(model, budget, tokens, ranks, progress=first)
+    if finished:
+        say(
+            f"going on with an earlier run: {len(finished)} of {len(source.blocks)} blocks are done"
+        )
+    quotas = ranks.gather_object(work.quotas() if first else None)[0]
+    if quotas is None:
+        quotas = find_quotas(source, recipe, ready.sequences, ranks, progress=first)
+        if first:
+            work.keep_quotas(quotas)
+    prune_blocks(source, recipe, quotas, ready.sequences, ranks, progress=first)
     if first:
-        print(f"pruned {len(targets)} weights in {time.monotonic() - start:.0f} s; writing")
-        output = Path(options.output_dir)
+        seconds, blocks = time.monotonic() - start, len(source.blocks)
+        say(f"pruned {len(quotas)} weights in {blocks} blocks, {seconds:.0f} s; writing")
         with replacing(output):
-            record = save_pruned(
-                model, folder, output, targets, about(options, folder, model.dtype)
+            work.begin_assembling()
+            record = assemble(
+                source, work, quotas, folder, output, about(options, recipe, folder, ready.dtype)
             )
-        live, total = record["live"], record["total"]
-        print(f"wrote {output}: {live} of {total} weights live, sparsity {1 - live / total:.4%}")
+            work.remove()
+        report(record, output)
     close_ranks()
+
+
+def report(record: dict[str, Any], output: Path) -> None:
+    """Print what was written."""
+    live, total, raised = record["live"], record["total"], record["live_zeros_raised"]
+    say(f"wrote {output}: {live} of {total} weights live, sparsity {1 - live / total:.4%}")
+    if raised:
+        say(
+            f"{raised} live weights were 0 (inputs that are always 0, or zeros of the dense model) and are "
+            "written as the smallest normal number"
+        )
 
 
 def main() -> None:

@@ -120,6 +120,10 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     # The reduction buffer alone is too much; ZeRO-3 with its offload does not change that.
     small = run_plan(tmp_path, *config, "--gpu_memory_gib", "0.5", "--seft.density", "0.02")
     assert small.returncode == 1 and "does not fit into 0.5 GiB" in small.stderr
+    pruning = run_plan(tmp_path, "--prune", "sparsegpt", "--calibration_samples", "8")
+    assert pruning.returncode == 0 and "one block's weights" in pruning.stdout, pruning.stderr
+    neither = run_plan(tmp_path)
+    assert neither.returncode == 2 and "--deepspeed" in neither.stderr
     wrong = run_plan(tmp_path, *config, "--seft.densty", "0.02")
     assert wrong.returncode == 2 and "did you mean 'density'" in wrong.stderr
 

@@ -86,6 +86,18 @@ def _text_of(row: Any, path: Path, index: int) -> str:
     return row["text"]
 
 
+def default_texts() -> list[str]:
+    """Paragraphs of the Python language's own manual, which every Python brings along.
+
+    A stand-in: English, and technical. Text like what the model is for is better.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = (p for text in topics.values() for p in text.split("\n\n"))
+    flat = (" ".join(paragraph.split()) for paragraph in paragraphs)
+    return [text for text in flat if text]
+
+
 def dataset_texts(name: str) -> Sequence[str]:
     """The "text" column of a data set's training split; `name` is NAME or NAME:CONFIG.
 
@@ -111,9 +123,17 @@ def dataset_texts(name: str) -> Sequence[str]:
 
 
 def sequences(
-    tokenizer: Any, texts: Sequence[str], count: int, length_tokens: int, seed: int
+    tokenizer: Any,
+    texts: Sequence[str],
+    count: int,
+    length_tokens: int,
+    seed: int,
+    *,
+    fewer: bool = False,
 ) -> torch.Tensor:
     """int64 (count, length_tokens): token sequences cut from the texts in the order of `seed`.
+
+    fewer: take as many as there are, at least one, where the text is too short for `count`.
 
     Raises:
         ValueError: a count or length under 1, or fewer tokens than wanted.
@@ -129,6 +149,9 @@ def sequences(
             tokens.extend(ids)
         if len(tokens) >= wanted:
             return torch.tensor(tokens[:wanted]).view(count, length_tokens)
+    if fewer and len(tokens) >= length_tokens:
+        whole = len(tokens) // length_tokens
+        return torch.tensor(tokens[: whole * length_tokens]).view(whole, length_tokens)
     raise ValueError(
         f"the calibration texts hold {len(tokens)} tokens; {count} sequences of {length_tokens} need "
         f"{wanted}: give more text, or lower --calibration_samples or --max_length"

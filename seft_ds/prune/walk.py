@@ -1,112 +1,87 @@
 """Prune a model block by block, each with the inputs that the already pruned blocks before it give.
 
-The order of the paper's code (arXiv 2306.11695, section 3): run the calibration sequences through block
-b, prune b, run them again, and take the new outputs as the inputs of block b + 1. Only one block works
-at a time, and what is kept between blocks is one hidden state per token.
+The order of the papers' code (arXiv 2306.11695, section 3; arXiv 2301.00774, section 3): run the calibration
+sequences through block b, prune b, run them again, and take the new outputs as the inputs of block b + 1.
+Only one block works at a time, and what is kept between blocks is one hidden state per token, on the host.
 
-Ranks: the sequences are dealt out round robin and the sums of squares are added over the ranks, so that
-the statistics are those of all sequences and every rank computes the same masks. Every rank holds the
-whole model; a model that needs sharding to fit is not served by this walk.
+A `Source` says where a block's tensors are while it works: in the module all the time (`InMemory`), or read
+from the model's files for as long as the block is open (prune/source.py).
 
-Replay: a block is called with the very arguments that the model gave it. They are recorded in one full
-forward pass, block by block, since models with mixed attention hand different masks to different
-blocks. All sequences have the same length and no padding, so what is recorded for one holds for all;
-models that break this (arguments made from the tokens themselves) are detected and refused.
+Ranks: the sequences are dealt out round robin; sums over them do not depend on that (prune/statistics.py), so
+that every rank ends with the same masks and weights, whatever their number. For SparseGPT the layers of a
+block are dealt out too, and the results handed round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.prune.choose import Budget, zero_
+from seft_ds.prune.blocks import Block, decoder_blocks, uniform_quotas
+from seft_ds.prune.calls import Call, enter, record_calls
+from seft_ds.prune.choose import Budget, Quota, zero_
 from seft_ds.prune.magnitude import magnitude_dead
-from seft_ds.prune.wanda import square_sums, wanda_dead
-from seft_ds.targets import parse_pattern
+from seft_ds.prune.sparsegpt import inverse_factor, sparsegpt
+from seft_ds.prune.statistics import input_grams, input_square_sums, spread_
+from seft_ds.prune.wanda import wanda_dead
+
+Deaths = dict[str, torch.Tensor]  # weight name -> bool (out, in), what died
+# Prunes an open block in place, given its call and this rank's hidden states.
+PruneBlock = Callable[[Block, Call, list[torch.Tensor]], Deaths]
 
 
-@dataclass
-class Block:
-    """One decoder block and the linear layers in it, by their full names in the model."""
+class Source(Protocol):
+    """Where the tensors of a model's blocks come from and go to."""
 
-    module: nn.Module
-    linears: dict[str, nn.Linear]  # "model.layers.0.self_attn.q_proj" -> layer
+    model: nn.Module
+    blocks: list[Block]
+    device: torch.device  # where open blocks compute
 
+    def entrance(self) -> AbstractContextManager[None]:
+        """What stands before the blocks holds its values inside."""
+        ...
 
-@dataclass
-class Call:
-    """The arguments of one call of a block, its hidden states taken out."""
+    def opened(self, index: int) -> AbstractContextManager[Block]:
+        """The block holds its values inside: the pruned ones if it is finished."""
+        ...
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def finished(self, index: int) -> bool:
+        """Whether the block was pruned before, by a run that this one goes on with."""
+        ...
 
-    def replay(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The block's output hidden states for `hidden`, both (1, tokens, hidden size)."""
-        out = block(hidden, *self.args, **self.kwargs)
-        return out if isinstance(out, torch.Tensor) else out[0]
-
-
-class _StopForward(Exception):
-    """Raised by a hook to leave the model's forward pass before its first block."""
-
-
-def decoder_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks of a causal language model, in order.
-
-    Raises:
-        ValueError: no list of `config.num_hidden_layers` blocks, no linear layers in them, or weights
-            that are stacked per expert.
-    """
-    depth = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            blocks = [_block(f"{prefix}.{i}", child) for i, child in enumerate(module)]
-            if all(block.linears for block in blocks):
-                return blocks
-    raise ValueError(
-        f"found no list of {depth} decoder blocks with linear layers in {type(model).__name__}; "
-        "wanted a decoder-only model such as LLaMA, Mistral or Qwen2"
-    )
+    def keep(self, index: int, deaths: Deaths) -> None:
+        """The open block has been pruned."""
+        ...
 
 
-def _block(prefix: str, module: nn.Module) -> Block:
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 2:
-            raise ValueError(
-                f"{prefix}.{name} has shape {tuple(parameter.shape)}: experts stacked in one tensor "
-                "are not supported; prune a dense model"
-            )
-    linears = {
-        f"{prefix}.{name}": child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear)
-    }
-    return Block(module, linears)
+class InMemory:
+    """A model that is whole in memory and is pruned in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.blocks = model, decoder_blocks(model)
+        self.device = next(model.parameters()).device
+
+    def entrance(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def opened(self, index: int) -> AbstractContextManager[Block]:
+        return nullcontext(self.blocks[index])
+
+    def finished(self, index: int) -> bool:
+        return False
+
+    def keep(self, index: int, deaths: Deaths) -> None:
+        pass
 
 
-def check_pattern_fits(blocks: list[Block], budget: Budget) -> None:
-    """Refuse, before any time is spent, a pattern that some weight cannot hold.
-
-    Raises:
-        ValueError: M does not divide the inputs of a weight, which is named.
-    """
-    if budget.pattern is None:
-        return
-    _, group = parse_pattern(budget.pattern)
-    for block in blocks:
-        for name, linear in block.linears.items():
-            if linear.in_features % group:
-                raise ValueError(
-                    f"{name}.weight has {linear.in_features} inputs, which {budget.pattern} cannot "
-                    f"divide into groups of {group}; choose another pattern, or --sparsity"
-                )
+# --- a whole model in memory
 
 
 @torch.no_grad()
@@ -121,12 +96,10 @@ def prune_by_magnitude(
     Raises:
         ValueError: see `decoder_blocks`, `check_pattern_fits` and `magnitude_dead`.
     """
-    blocks = decoder_blocks(model)
-    check_pattern_fits(blocks, budget)
-    for block in tqdm(blocks, desc="pruning", unit="block", disable=not progress):
-        for name, linear in block.linears.items():
-            zero_(linear.weight.data, magnitude_dead(linear.weight, budget, f"{name}.weight"))
-    return _targets(blocks, budget)
+    source = InMemory(model)
+    quotas = uniform_quotas(source.blocks, budget, by_row=False)
+    by_magnitude(source, quotas, range(len(source.blocks)), progress=progress)
+    return dict.fromkeys(quotas, budget.pattern)
 
 
 @torch.no_grad()
@@ -138,9 +111,9 @@ def prune_by_wanda(
     *,
     progress: bool = False,
 ) -> dict[str, str | None]:
-    """Prune every linear weight inside the decoder blocks by |w|·||x||, in place and walking.
+    """Prune every linear weight inside the decoder blocks by |w|·||x||, row by row, in place and walking.
 
-    Collectives: one sum over the ranks per linear layer, in the same order on all of them.
+    Collectives: three a block, in the same order on all ranks.
 
     Returns:
         The full names of the pruned tensors with their pattern (None without one).
@@ -148,136 +121,177 @@ def prune_by_wanda(
     Raises:
         ValueError: see `decoder_blocks`, `check_pattern_fits`, `record_calls` and `wanda_dead`.
     """
-    blocks = decoder_blocks(model)
-    check_pattern_fits(blocks, budget)
-    sequences = sequences.to(next(model.parameters()).device)
+    source = InMemory(model)
+    quotas = uniform_quotas(source.blocks, budget, by_row=True)
     with _evaluating(model):
-        calls = record_calls(model, blocks, sequences)
-        hidden = [
-            first_hidden(model, blocks[0], sequence)
-            for sequence in sequences[ranks.rank :: ranks.size]
-        ]
-        bar = tqdm(blocks, desc="pruning", unit="block", disable=not progress)
-        for block, call in zip(bar, calls):
-            sums = input_square_sums(block, call, hidden, ranks)
-            for name, linear in block.linears.items():
-                dead = wanda_dead(linear.weight, sums[name], budget, f"{name}.weight")
-                zero_(linear.weight.data, dead)
-            # Again, now through the pruned weights: what block b + 1 will really see. One by one,
-            # so that the states before and after a block are never all held at once.
-            for i, state in enumerate(hidden):
-                hidden[i] = call.replay(block.module, state)
-    return _targets(blocks, budget)
+        walk(source, sequences, wanda_block(quotas, ranks), ranks, progress=progress)
+    return dict.fromkeys(quotas, budget.pattern)
 
 
-def record_calls(model: nn.Module, blocks: list[Block], sequences: torch.Tensor) -> list[Call]:
-    """How the model calls each block, from one full forward pass of the first of `sequences`.
+@torch.no_grad()
+def prune_by_sparsegpt(
+    model: nn.Module,
+    budget: Budget,
+    sequences: torch.Tensor,  # (sequences, tokens) int64, the same on every rank
+    ranks: Ranks,
+    *,
+    progress: bool = False,
+) -> dict[str, str | None]:
+    """Prune every linear weight inside the decoder blocks by SparseGPT, in place and walking.
 
-    A second sequence, if there is one, checks that the arguments do not depend on the tokens.
+    Live entries that have become 0 can't be told from dead ones in the returned model.
+
+    Returns:
+        The full names of the pruned tensors with their pattern (None without one).
 
     Raises:
-        ValueError: they do.
+        ValueError: see `decoder_blocks`, `check_pattern_fits`, `record_calls` and `sparsegpt`.
     """
-    calls = _record(model, blocks, sequences[0])
-    if len(sequences) > 1:
-        for index, (one, other) in enumerate(zip(calls, _record(model, blocks, sequences[1]))):
-            if not _same(one.args, other.args) or not _same(one.kwargs, other.kwargs):
-                raise ValueError(
-                    f"{type(model).__name__} gives block {index} arguments that depend on the tokens, "
-                    "which the block-by-block walk cannot replay; use --method magnitude"
-                )
-    return calls
+    source = InMemory(model)
+    quotas = uniform_quotas(source.blocks, budget, by_row=False)
+    with _evaluating(model):
+        walk(source, sequences, sparsegpt_block(quotas, ranks), ranks, progress=progress)
+    return dict.fromkeys(quotas, budget.pattern)
 
 
-def _record(model: nn.Module, blocks: list[Block], sequence: torch.Tensor) -> list[Call]:
-    calls: list[Call] = []
-
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        _, call = _split_hidden(args, kwargs)
-        calls.append(call)
-
-    handles = [b.module.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
-    try:
-        # Without a cache: a replayed block must not append to keys of an earlier call.
-        model(input_ids=sequence.unsqueeze(0), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert len(calls) == len(blocks), "every block runs once in a forward pass"
-    return calls
+# --- the walk
 
 
-def first_hidden(model: nn.Module, block: Block, sequence: torch.Tensor) -> torch.Tensor:
-    """The hidden states (1, tokens, hidden size) that enter the first `block` for `sequence` (tokens,)."""
-    caught: list[torch.Tensor] = []
-
-    def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        caught.append(_split_hidden(args, kwargs)[0])
-        raise _StopForward
-
-    handle = block.module.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        model(input_ids=sequence.unsqueeze(0), use_cache=False)
-    except _StopForward:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
+def by_magnitude(
+    source: Source, quotas: dict[str, Quota], indices: range, *, progress: bool = False
+) -> None:
+    """Prune the blocks of these `indices` by |w|; every block stands by itself. No collective."""
+    for index in tqdm(indices, desc="pruning", unit="block", disable=not progress):
+        if source.finished(index):
+            continue
+        with source.opened(index) as block:
+            deaths = {}
+            for name, weight in weights_of(block).items():
+                deaths[name] = magnitude_dead(weight, quotas[name], name)
+                zero_(weight, deaths[name])
+            source.keep(index, deaths)
 
 
-def input_square_sums(
-    block: Block, call: Call, hidden: list[torch.Tensor], ranks: Ranks
-) -> dict[str, torch.Tensor]:
-    """Per linear layer, float64 (in,): Σ x² of its inputs over the tokens of all ranks.
+def walk(
+    source: Source,
+    sequences: torch.Tensor,  # (sequences, tokens) int64, the same on every rank
+    prune_block: PruneBlock,
+    ranks: Ranks,
+    *,
+    progress: bool = False,
+    what: str = "pruning",
+) -> None:
+    """Take the sequences through all blocks, pruning each before they go on. Collectives of `prune_block`.
 
-    `hidden` holds this rank's block inputs, (1, tokens, hidden size) each; it may be empty.
-    One collective per linear layer.
+    Finished blocks are passed as they are: that is how a run goes on where another one ended.
+
+    Raises:
+        ValueError: see `enter` and `record_calls`, and whatever `prune_block` raises.
     """
-    sums = {
-        name: torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
-        for name, linear in block.linears.items()
-    }
-
-    def adder(total: torch.Tensor) -> Callable[[nn.Module, tuple], None]:
-        def add(module: nn.Module, args: tuple) -> None:
-            total.add_(square_sums(args[0]))
-
-        return add
-
-    handles = [
-        linear.register_forward_pre_hook(adder(sums[name]))
-        for name, linear in block.linears.items()
-    ]
-    try:
-        for state in hidden:
-            call.replay(block.module, state)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: ranks.sum_(total) for name, total in sums.items()}
+    to_do = [index for index in range(len(source.blocks)) if not source.finished(index)]
+    if not to_do:
+        return
+    last = to_do[-1]  # nobody wants its outputs
+    calls, hidden = states_before_blocks(source, sequences, ranks)
+    for index in tqdm(range(last + 1), desc=what, unit="block", disable=not progress):
+        with source.opened(index) as block:
+            if not source.finished(index):
+                source.keep(index, prune_block(block, calls[index], hidden))
+            if index < last:
+                advance(block, calls[index], hidden, source.device)
 
 
-def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
-    """The hidden states of a block's call, and the rest of its arguments."""
-    if args:
-        return args[0], Call(tuple(args[1:]), dict(kwargs))
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), Call((), rest)
+def states_before_blocks(
+    source: Source, sequences: torch.Tensor, ranks: Ranks
+) -> tuple[list[Call], list[torch.Tensor]]:
+    """Every block's call, and what enters the first one for this rank's sequences, on the host."""
+    with source.entrance():
+        sequences = sequences.to(source.device)
+        calls = record_calls(source.model, source.blocks, sequences)
+        mine = sequences[ranks.rank :: ranks.size]
+        return calls, [enter(source.model, source.blocks, s)[0].cpu() for s in mine]
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments are equal, looking into tuples, lists and dicts of tensors."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other))
-    return type(one) is type(other)  # settings and helper objects: made anew in every call
+def advance(block: Block, call: Call, hidden: list[torch.Tensor], device: torch.device) -> None:
+    """Replace the block's inputs by its outputs, one by one, so that never all of both are held."""
+    for i, state in enumerate(hidden):
+        hidden[i] = call.replay(block.module, state.to(device)).cpu()
 
 
-def _targets(blocks: list[Block], budget: Budget) -> dict[str, str | None]:
-    return {f"{name}.weight": budget.pattern for block in blocks for name in block.linears}
+def wanda_block(quotas: dict[str, Quota], ranks: Ranks) -> PruneBlock:
+    """Wanda for one block; every rank does all of it with the common statistics."""
+
+    def prune(block: Block, call: Call, hidden: list[torch.Tensor]) -> Deaths:
+        sums = input_square_sums(block, call, hidden, ranks)
+        deaths = {}
+        for name, weight in weights_of(block).items():
+            layer = name.removesuffix(".weight")
+            deaths[name] = wanda_dead(weight, sums[layer], quotas[name], name)
+            zero_(weight, deaths[name])
+        return deaths
+
+    return prune
+
+
+def sparsegpt_block(quotas: dict[str, Quota], ranks: Ranks) -> PruneBlock:
+    """SparseGPT for one block: each layer is solved by one rank, and all get its weight and mask."""
+
+    def prune(block: Block, call: Call, hidden: list[torch.Tensor]) -> Deaths:
+        grams = input_grams(block, call, hidden, ranks)
+        weights = weights_of(block)
+        owners = deal({n: w.shape[0] * w.shape[1] ** 2 for n, w in weights.items()}, ranks.size)
+        mine = {n: w for n, w in weights.items() if owners[n] == ranks.rank}
+        solved = all_or_none(ranks, lambda: _solve(grams, mine, quotas))
+        deaths = {}
+        for name, weight in weights.items():
+            if name in solved:
+                new, dead = solved.pop(name)
+            else:
+                new = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+                dead = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+            spread_(new, ranks)
+            spread_(dead, ranks)
+            weight.copy_(new)
+            deaths[name] = dead
+        return deaths
+
+    return prune
+
+
+def _solve(
+    grams: list[tuple[list[str], torch.Tensor]],
+    weights: dict[str, torch.Tensor],
+    quotas: dict[str, Quota],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(new weight in the weight's dtype, bool what died) of each of `weights`. Uses up the `grams`."""
+    solved = {}
+    while grams:
+        layers, gram = grams.pop()
+        names = [f"{layer}.weight" for layer in layers if f"{layer}.weight" in weights]
+        if not names:
+            continue
+        factor = inverse_factor(gram, names[0])
+        for name in names:
+            weight = weights[name]
+            new, dead = sparsegpt(weight, gram, factor, quotas[name], name)
+            solved[name] = (zero_(new.to(weight.dtype), dead), dead)
+    return solved
+
+
+def deal(costs: dict[str, int], size: int) -> dict[str, int]:
+    """Which of `size` ranks takes which job: the largest first, each to the rank with least so far."""
+    loads = [0] * size
+    takers = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        taker = min(range(size), key=lambda rank: loads[rank])
+        loads[taker] += costs[name]
+        takers[name] = taker
+    return takers
+
+
+def weights_of(block: Block) -> dict[str, torch.Tensor]:
+    """The weights (out, in) of an open block's linear layers, by their full names."""
+    return {f"{name}.weight": linear.weight.data for name, linear in block.linears.items()}
 
 
 @contextmanager

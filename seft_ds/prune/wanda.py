@@ -11,21 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from seft_ds.prune.choose import (
-    Budget,
-    check_scores,
-    dead_count,
-    lowest,
-    lowest_of_groups,
-)
-from seft_ds.targets import parse_pattern
+from seft_ds.prune.choose import Quota, dead_positions
 
 
 def square_sums(x: torch.Tensor) -> torch.Tensor:
     """float64 (in,): sum over all tokens of x² for `x` (..., in) of any floating dtype.
 
-    Squares are taken in fp32 (bf16 would lose most digits) and added in float64, so that the split of
-    the tokens over ranks does not show in the sum.
+    Squares are taken in fp32 (bf16 would lose most digits) and added in float64.
     """
     return x.detach().reshape(-1, x.shape[-1]).float().square().sum(dim=0, dtype=torch.float64)
 
@@ -35,18 +27,12 @@ def wanda_scores(weight: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     return weight.detach().abs().float() * sums.sqrt().float()
 
 
-def wanda_dead(weight: torch.Tensor, sums: torch.Tensor, budget: Budget, name: str) -> torch.Tensor:
+def wanda_dead(weight: torch.Tensor, sums: torch.Tensor, quota: Quota, name: str) -> torch.Tensor:
     """Bool (out, in): the entries of `weight` (out, in) that die, given the sums of squares (in,).
 
-    With a sparsity exactly floor(sparsity * in) entries of every output row; with N:M all but N of every
-    M consecutive inputs. Lower positions die first among equals.
+    Lower positions die first among equals.
 
     Raises:
         ValueError: M does not divide the inputs, or a score is not finite; `name` is in the message.
     """
-    scores = wanda_scores(weight, sums)
-    check_scores(scores, name)
-    if budget.pattern is not None:
-        return lowest_of_groups(scores, *parse_pattern(budget.pattern), name)
-    assert budget.sparsity is not None
-    return lowest(scores, dead_count(budget.sparsity, scores.shape[1]))
+    return dead_positions(wanda_scores(weight, sums), quota, name)

@@ -106,7 +106,7 @@ def parse(argv: list[str]) -> Arguments:
     Raises:
         ValueError: an unknown or bad setting, a missing file, no DeepSpeed config.
     """
-    argv, seft_flags = _split_seft_flags(argv)
+    argv, seft_flags = split_seft_flags(argv)
     method_by_flag = any(flag.partition("=")[0] == "--method" for flag in argv)
     argv, seft_yaml = _expand_yaml(argv)
     parser = HfArgumentParser(
@@ -206,7 +206,7 @@ def _check_method(values: dict[str, Any]) -> None:
         )
 
 
-def _split_seft_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+def split_seft_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--seft.NAME VALUE` and `--seft.NAME=VALUE` out of the flags."""
     rest, found = [], {}
     flags = iter(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seft_ds.config import SeftConfig
+from seft_ds.config import SeftConfig, parse_seft
 from seft_ds.memory import HELD, Plan, Setup, plan
+from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.targets import Target, assign_slots, matches, total_slots
+from seft_ds.zero import shards
 
 GIB = 1 << 30
 
@@ -43,10 +46,8 @@ class Work:
     checkpointing: bool = True
 
 
-def shapes_of_config(path: str | Path, config: SeftConfig, sparsity: float) -> Shapes:
-    """Shapes of the model that a folder or a config.json describes; no weights are needed.
-
-    Every linear layer but the output head counts as pruned to `sparsity`.
+def model_of_config(path: str | Path) -> Any:
+    """The model that a folder or a config.json describes, without any weights.
 
     Raises:
         ValueError: no config there, or of a model that transformers can't make.
@@ -55,17 +56,18 @@ def shapes_of_config(path: str | Path, config: SeftConfig, sparsity: float) -> S
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--model_name_or_path {path}: no config of a causal language model ({error}); give a model's "
             "folder or its config.json"
         ) from None
-    return shapes_of_model(model, config, sparsity)
 
 
 def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
-    """The same of a model that is there, on whatever device.
+    """Shapes of a model on whatever device.
+
+    Every linear layer but the output head counts as pruned to `sparsity`.
 
     Raises:
         ValueError: no linear layer matches the targets, or a weight gets more slots than live entries.
@@ -81,7 +83,11 @@ def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
     if not targets:
         raise ValueError(f'no linear layer of this model matches "targets": {config.targets!r}')
     assign_slots(targets, total_slots(targets, config.density, config.trainable))
-    others = [p.numel() for p in model.parameters() if id(p) not in ours]
+    return shapes_with(model, targets, [p.numel() for p in model.parameters() if id(p) not in ours])
+
+
+def shapes_with(model: Any, targets: list[Target], others: list[int]) -> Shapes:
+    """Shapes of a model whose targets are known; `others`: entries of each other parameter."""
     c = model.config.get_text_config()
     heads = int(getattr(c, "num_attention_heads", 1))
     head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // heads)
@@ -94,6 +100,24 @@ def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
         key_values=head_dim * int(getattr(c, "num_key_value_heads", None) or heads),
         vocabulary=int(c.vocab_size),
     )
+
+
+def plan_of_run(
+    model: Any, targets: list[Target], run: Any, deepspeed: dict[str, Any], dtype: torch.dtype
+) -> Plan:
+    """The plan of a run that has been accepted: with the slots and patterns that it really has.
+
+    model: with slots attached, partitioned or not. run: transformers' arguments.
+    """
+    ours = {f"{t.name}.{part}" for t in targets for part in ("weight", DELTA, POSITION)}
+    others = [math.prod(shards.shape_of(p)) for n, p in model.named_parameters() if n not in ours]
+    shapes = shapes_with(model, targets, others)
+    setup = Setup.from_config(
+        deepspeed, run.world_size, dtype.itemsize, str(run.optim), shapes.hidden
+    )
+    work = Work(run.per_device_train_batch_size, run.max_length or 1024, run.gradient_checkpointing)
+    steps = run.max_steps if run.max_steps > 0 else 1000
+    return plan_run(shapes, setup, work, parse_seft(deepspeed.get("seft", {})), steps)
 
 
 def activation_bytes(shapes: Shapes, work: Work, dtype_bytes: int) -> int:

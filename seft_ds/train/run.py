@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from seft_ds.api import attach
 from seft_ds.baselines.methods import find_method
@@ -13,6 +15,7 @@ from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.distributed.liveness import current_watch
 from seft_ds.targets import Target
 from seft_ds.train.adapters import train_adapters
+from seft_ds.train.arguments import model_dtype
 from seft_ds.train.callback import SeftCallback
 from seft_ds.train.job import (
     Job,
@@ -25,6 +28,7 @@ from seft_ds.train.job import (
     sparsity_line,
 )
 from seft_ds.train.opening import RECORD_NAME, record_facts, run_facts
+from seft_ds.train.planning import plan_of_run, table
 from seft_ds.train.resume import steps_of
 from seft_ds.zero.initialize import find_attached
 
@@ -46,6 +50,8 @@ def train_slots(job: Job) -> None:
     attach(model, job.arguments.deepspeed)
     targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]
     check_loaded(targets, job.folder)
+    if job.arguments.run.dry_run:
+        job.say(describe_plan(job, model, targets))
     callback = SeftCallback(journal_dir=job.output, about=run_facts(job.arguments))
     trainer = make_trainer(job, model, data, callback, describe_targets(targets))
     if trainer is None:
@@ -64,6 +70,15 @@ def train_slots(job: Job) -> None:
             finish(job.output, record)
     finally:
         callback.close_signals()
+
+
+def describe_plan(job: Job, model: Any, targets: list[Target]) -> str:
+    """Bytes of each part on a rank, as a table."""
+    run = job.arguments.run
+    dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
+    result = plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or run.world_size)
+    return f"memory of a rank during training, on {run.world_size} ranks\n{table(result, here)}"
 
 
 def how_to_go_on(callback: SeftCallback, output: Path) -> str:

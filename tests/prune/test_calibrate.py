@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from seft_ds.prune.calibrate import dataset_texts, read_texts, sequences
+from seft_ds.prune.calibrate import dataset_texts, default_texts, read_texts, sequences
 from tests.prune.models import tiny_tokenizer
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10"]
@@ -85,6 +85,18 @@ def test_too_little_text_says_how_much_is_missing():
         sequences(tiny_tokenizer(), TEXTS, 3, 4, seed=0)
     with pytest.raises(ValueError, match="at least 1"):
         sequences(tiny_tokenizer(), TEXTS, 0, 4, seed=0)
+
+
+def test_fewer_sequences_where_that_is_allowed():
+    got = sequences(tiny_tokenizer(), TEXTS, 30, 4, seed=3, fewer=True)
+    assert torch.equal(got, sequences(tiny_tokenizer(), TEXTS, 2, 4, seed=3))
+    with pytest.raises(ValueError, match="hold 10 tokens"):
+        sequences(tiny_tokenizer(), TEXTS, 1, 11, seed=3, fewer=True)
+
+
+def test_the_built_in_text_is_a_lot_of_english():
+    texts = default_texts()
+    assert sum(map(len, texts)) > 300_000 and all(text.strip() == text != "" for text in texts)
 
 
 def test_a_data_set_is_read_or_refused(tmp_path, monkeypatch):

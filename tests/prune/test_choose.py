@@ -6,9 +6,30 @@ import pytest
 import torch
 
 from seft_ds.prune import choose
-from seft_ds.prune.choose import Budget, dead_count, lowest, lowest_of_groups, zero_
-from seft_ds.prune.magnitude import magnitude_dead
-from seft_ds.prune.wanda import square_sums, wanda_dead, wanda_scores
+from seft_ds.prune.choose import (
+    Budget,
+    Quota,
+    apportion,
+    dead_count,
+    dead_positions,
+    lowest,
+    lowest_of_groups,
+    quota_of,
+    zero_,
+)
+from seft_ds.prune.magnitude import global_quotas
+from seft_ds.prune.magnitude import magnitude_dead as by_magnitude
+from seft_ds.prune.wanda import square_sums, wanda_scores
+from seft_ds.prune.wanda import wanda_dead as by_wanda
+from tests.ranks import run_threads
+
+
+def magnitude_dead(weight: torch.Tensor, budget: Budget, name: str) -> torch.Tensor:
+    return by_magnitude(weight, quota_of(budget, tuple(weight.shape), by_row=False), name)
+
+
+def wanda_dead(weight: torch.Tensor, sums: torch.Tensor, budget: Budget, name: str) -> torch.Tensor:
+    return by_wanda(weight, sums, quota_of(budget, tuple(weight.shape), by_row=True), name)
 
 
 def sorted_lowest(scores: list[float], k: int) -> set[int]:
@@ -25,7 +46,7 @@ def tied_scores(rows: int, columns: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("k", [0, 1, 7, 19, 20])
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 24])
 def test_lowest_is_a_stable_sort_of_each_row(monkeypatch, k, chunk):
-    monkeypatch.setattr(choose, "_CHUNK", chunk)
+    monkeypatch.setattr(choose, "SCORES_AT_ONCE", chunk)
     scores = tied_scores(11, 20, seed=k)
     chosen = lowest(scores, k)
     for row, marks in zip(scores.tolist(), chosen.tolist()):
@@ -35,7 +56,7 @@ def test_lowest_is_a_stable_sort_of_each_row(monkeypatch, k, chunk):
 @pytest.mark.parametrize("keep, group", [(2, 4), (1, 4), (4, 8), (3, 5)])
 @pytest.mark.parametrize("chunk", [45, 1 << 24])
 def test_lowest_of_groups_is_a_stable_sort_of_each_group(monkeypatch, keep, group, chunk):
-    monkeypatch.setattr(choose, "_CHUNK", chunk)
+    monkeypatch.setattr(choose, "SCORES_AT_ONCE", chunk)
     scores = tied_scores(6, 40, seed=group)
     dead = lowest_of_groups(scores, keep, group, "w")
     for row, marks in zip(scores.tolist(), dead.tolist()):
@@ -150,3 +171,59 @@ def test_no_negative_zero_is_left():
     zero_(weight, torch.tensor([[True, False, False, False]]))
     assert weight.tolist() == [[0.0, 0.0, 2.0, -3.0]]
     assert torch.signbit(weight).tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_a_quota_is_the_budget_in_entries(by_row):
+    # 0.55 of 9 inputs is 4.95: by row the share is rounded down in every row.
+    assert quota_of(Budget(sparsity=0.55), (7, 9), by_row).dead == (7 * 4 if by_row else 34)
+    assert quota_of(Budget(pattern="1:4"), (3, 8), by_row) == Quota(18, pattern="1:4")
+
+
+def test_rows_that_do_not_share_evenly_give_one_more_from_the_first_on():
+    scores = tied_scores(5, 8, seed=1)
+    dead = dead_positions(scores, Quota(17, by_row=True), "w")
+    assert dead.sum(dim=1).tolist() == [4, 4, 3, 3, 3]
+    for row, marks in zip(scores.tolist(), dead):
+        assert set(marks.nonzero().flatten().tolist()) == sorted_lowest(row, int(marks.sum()))
+    assert int(dead_positions(scores, Quota(0), "w").sum()) == 0
+
+
+@pytest.mark.parametrize("total, shares", [(10, [1.0, 1.0, 1.0]), (7, [0.1, 0.7, 0.2]), (0, [2.0])])
+def test_apportioned_parts_add_up_and_are_no_further_than_one_off(total, shares):
+    parts = apportion(total, shares)
+    assert sum(parts) == total
+    assert all(abs(p - total * s / sum(shares)) < 1 for p, s in zip(parts, shares))
+    assert apportion(10, [1.0, 1.0, 1.0]) == [4, 3, 3]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "tied"])
+def test_global_quotas_are_one_sort_of_all_weights(size, dtype, kind):
+    torch.manual_seed(3)
+    shapes = {"a": (4, 6), "b": (3, 10), "c": (8, 5), "d": (1, 2)}
+    weights = {n: torch.randn(s).to(dtype) for n, s in shapes.items()}
+    if kind == "tied":
+        weights = {n: w.round() for n, w in weights.items()}
+    values = [(abs(float(v)), i, j, n) for i, (n, w) in enumerate(weights.items())
+              for j, v in enumerate(w.flatten())]  # fmt: skip
+    for dead in (0, 1, 17, 50, len(values) - 1, len(values)):
+        chosen = sorted(values)[:dead]
+        for quotas in run_threads(
+            size, lambda r, dead=dead: global_quotas(list(weights), weights.__getitem__, dead, r)
+        ):
+            assert {n: q.dead for n, q in quotas.items()} == {
+                n: sum(v[3] == n for v in chosen) for n in weights
+            }
+        for name, weight in weights.items():
+            mask = by_magnitude(weight, quotas[name], name)
+            assert {j for _, _, j, n in chosen if n == name} == set(
+                mask.flatten().nonzero().flatten().tolist()
+            )
+
+
+def test_a_global_budget_names_a_weight_that_is_not_finite():
+    weights = {"a": torch.ones(2, 2), "b": torch.full((2, 2), float("inf"))}
+    with pytest.raises(ValueError, match="b has scores that are not finite"):
+        run_threads(1, lambda r: global_quotas(["a", "b"], weights.__getitem__, 2, r))

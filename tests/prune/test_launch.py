@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.prune.models import WORDS, tiny_model, tiny_tokenizer
+from tests.prune.models import WORDS, saved, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,10 +31,7 @@ script = load_script("prune")
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dense") / "tiny"
-    tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tiny_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("dense") / "tiny")
 
 
 @pytest.fixture
@@ -57,11 +54,25 @@ def options(dense, tmp_path, **changes):
         ({"pattern": "2:4"}, "exactly one"),
         ({"sparsity": 60}, "between 0 and 1"),
         ({"sparsity": None, "pattern": "4:2"}, "N:M"),
-        ({"method": "oracle"}, "wanda or magnitude"),
+        ({"method": "oracle"}, "wanda, magnitude, sparsegpt"),
+        (
+            {"budget": "column"},
+            "--budget column; for --method magnitude wanted auto or one of weight",
+        ),
+        ({"method": "wanda", "budget": "global"}, "row, weight"),
+        ({"method": "sparsegpt", "budget": "row"}, "auto or one of weight"),
+        ({"sparsity": None, "pattern": "2:4", "budget": "row"}, "leave both out"),
+        ({"sparsity": None, "pattern": "2:4", "layerwise": "owl"}, "leave both out"),
+        ({"layerwise": "owl"}, "owl looks at the inputs"),
+        ({"layerwise": "plan"}, "uniform, owl"),
+        ({"owl_lambda": 2.0}, "--owl_lambda 2.0"),
         ({"dtype": "int4"}, "auto, float32, bfloat16"),
-        ({"method": "wanda"}, "--calibration_file"),
         ({"method": "wanda", "calibration_file": "/nowhere/x.txt"}, "no file"),
-        ({"method": "wanda", "calibration_file": "x", "calibration_dataset": "y"}, "one source"),
+        (
+            {"method": "wanda", "calibration_file": "x", "calibration_dataset": "y"},
+            "give one source",
+        ),
+        ({"method": "wanda", "calibration_samples": 0}, "at least 1 and 2"),
         ({"model_name_or_path": "/nowhere/model"}, "no folder"),
     ],
 )
@@ -105,6 +116,14 @@ def test_a_failed_replacement_keeps_the_old_model(tmp_path):
         (output / "config.json").write_text("half")
         raise RuntimeError
     assert (output / "config.json").read_text() == "old"
+    work = script.Work(output)
+    work.begin({}, overwrite=False)
+    with pytest.raises(RuntimeError), script.replacing(output):
+        work.begin_assembling()
+        raise RuntimeError
+    assert (output / "config.json").read_text() == "old" and work.folder.is_dir()
+    assert not script.is_resumable(output), "an old model is no half-written new one"
+    work.remove()
     with script.replacing(output):
         output.mkdir()
         (output / "config.json").write_text("new")
@@ -135,3 +154,23 @@ def test_a_whole_run(dense, text, tmp_path):
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "not empty" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(dense, tmp_path, capsys):
+    script.prune(options(dense, tmp_path, method="sparsegpt", dry_run=True))
+    said = capsys.readouterr().out
+    assert "sparsegpt, 0.5 per weight: 21 weights in 3 blocks, 5,760 entries" in said
+    assert "memory of a rank while pruning" in said and "hidden states" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_built_in_text_gives_what_it_has(dense, tmp_path, capsys):
+    chosen = options(dense, tmp_path, method="wanda", calibration_samples=10**6, max_length=32)
+    found = script.calibration(chosen, dense, longest_tokens=32)
+    assert 1000 < len(found) < 10**6 and found.shape[1] == 32
+    said = capsys.readouterr().out
+    assert f"{len(found)} sequences of 32 tokens of Python's own manual, which has no more" in said
+    few = script.calibration(options(dense, tmp_path, method="wanda", max_length=8), dense, 32)
+    assert few.shape == (128, 8) and "no more" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the model takes 32 tokens"):
+        script.calibration(options(dense, tmp_path, method="wanda"), dense, 32)

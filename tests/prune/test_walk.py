@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from seft_ds.prune import walk
+from seft_ds.prune import calls as calls_of
+from seft_ds.prune import statistics, walk
+from seft_ds.prune.blocks import decoder_blocks
 from seft_ds.prune.choose import Budget
 from seft_ds.prune.wanda import wanda_scores
 from tests.prune.models import KINDS, tiny_model, tokens
+from tests.prune.slow import slow_obs
 from tests.ranks import run_threads
 
 PROJECTIONS = 7  # q, k, v, o, gate, up, down
@@ -59,19 +62,27 @@ def sort_and_zero(weight: torch.Tensor, scores: torch.Tensor, budget: Budget) ->
             row[order[:deaths]] = 0.0
 
 
-def prune(model: nn.Module, budget: Budget, sequences: torch.Tensor, size: int = 1) -> list[dict]:
-    """Wanda over `size` thread ranks; each rank's state dict. `model` itself is not touched."""
+METHODS = {"wanda": walk.prune_by_wanda, "sparsegpt": walk.prune_by_sparsegpt}
+
+
+def prune(
+    model: nn.Module, budget: Budget, sequences: torch.Tensor, size: int = 1, method: str = "wanda"
+) -> list[dict]:
+    """Prune over `size` thread ranks; each rank's state dict. `model` itself is not touched."""
 
     def work(ranks):
         mine = copy.deepcopy(model)
-        walk.prune_by_wanda(mine, budget, sequences, ranks)
+        METHODS[method](mine, budget, sequences, ranks)
         return mine.state_dict()
 
     return run_threads(size, work)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("budget", [Budget(sparsity=0.5), Budget(pattern="2:4")])
+@pytest.mark.parametrize(
+    "kind, budget",
+    [(kind, Budget(sparsity=0.5)) for kind in KINDS]
+    + [(kind, Budget(pattern="2:4")) for kind in ("llama", "qwen2")],
+)
 def test_the_walk_equals_whole_forward_passes(kind, budget):
     model, sequences = tiny_model(kind), tokens(5, 12)
     (got,) = prune(model, budget, sequences)
@@ -80,11 +91,52 @@ def test_the_walk_equals_whole_forward_passes(kind, budget):
         assert torch.equal(got[name], expected), name
 
 
+def slow_sparsegpt(model: nn.Module, budget: Budget, sequences: torch.Tensor) -> None:
+    """SparseGPT with a whole forward pass of everything for each block, solved in float64."""
+    for index in range(model.config.num_hidden_layers):
+        linears = {
+            n: m
+            for n, m in model.named_modules()
+            if isinstance(m, nn.Linear) and f"layers.{index}." in n
+        }
+        inputs: dict[str, list] = {name: [] for name in linears}
+        hooks = [
+            m.register_forward_pre_hook(lambda _, args, mine=inputs[n]: mine.append(args[0][0]))
+            for n, m in linears.items()
+        ]
+        with torch.no_grad():
+            for sequence in sequences:
+                model(input_ids=sequence[None])
+        for hook in hooks:
+            hook.remove()
+        for name, m in linears.items():
+            x = torch.cat(inputs[name]).double()
+            new, _ = slow_obs(m.weight.data.double(), 2 / len(x) * x.T @ x, budget)
+            m.weight.data.copy_(new)
+
+
+@pytest.mark.parametrize(
+    "kind, budget",
+    [
+        ("llama", Budget(sparsity=0.5)),
+        ("qwen2", Budget(pattern="2:4")),
+        ("gemma3", Budget(sparsity=0.7)),
+    ],
+)
+def test_the_sparsegpt_walk_equals_whole_forward_passes(kind, budget):
+    model, sequences = tiny_model(kind), tokens(5, 12)
+    (got,) = prune(model, budget, sequences, method="sparsegpt")
+    slow_sparsegpt(model, budget, sequences)
+    for name, expected in model.state_dict().items():
+        assert torch.equal(got[name] == 0, expected == 0), name
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_later_blocks_see_the_pruned_ones():
     """The masks differ from those that the dense model's activations give: the order matters."""
     model, sequences, budget = tiny_model(), tokens(5, 12), Budget(sparsity=0.5)
     (walked,) = prune(model, budget, sequences)
-    blocks = walk.decoder_blocks(model)
+    blocks = decoder_blocks(model)
     (dense_sums,) = run_threads(
         1,
         lambda ranks: dense_statistics(model, blocks, sequences, ranks),
@@ -101,24 +153,26 @@ def test_later_blocks_see_the_pruned_ones():
 
 @torch.no_grad()
 def dense_statistics(model, blocks, sequences, ranks) -> dict[str, torch.Tensor]:
-    calls = walk.record_calls(model, blocks, sequences)
-    hidden = [walk.first_hidden(model, blocks[0], s) for s in sequences]
+    calls = calls_of.record_calls(model, blocks, sequences)
+    hidden = [calls_of.enter(model, blocks, s)[0] for s in sequences]
     found = {}
     for block, call in zip(blocks, calls):
-        found |= walk.input_square_sums(block, call, hidden, ranks)
+        found |= statistics.input_square_sums(block, call, hidden, ranks)
         hidden = [call.replay(block.module, h) for h in hidden]
     return found
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [2, 3, 6])
-def test_any_number_of_ranks_gives_the_same_weights(dtype, size):
-    # 5 sequences: an uneven split for 2 and 3 ranks, and a rank without any for 6.
+def test_any_number_of_ranks_gives_the_same_weights(monkeypatch, method, dtype):
+    monkeypatch.setattr(statistics, "STRIP", 5)  # so that ranks share even these small matrices
+    # 5 sequences: an uneven split for 2 and 4 ranks, and a rank without any for 6.
     model, sequences, budget = tiny_model(dtype=dtype), tokens(5, 12), Budget(sparsity=0.6)
-    (alone,) = prune(model, budget, sequences)
-    for state in prune(model, budget, sequences, size):
-        for name in alone:
-            assert torch.equal(state[name], alone[name]), name
+    (alone,) = prune(model, budget, sequences, method=method)
+    for size in (2, 4, 6):
+        for state in prune(model, budget, sequences, size, method):
+            for name in alone:
+                assert torch.equal(state[name], alone[name]), (name, size)
 
 
 def test_statistics_come_from_every_sequence():
@@ -164,6 +218,7 @@ def test_hooks_and_mode_are_as_before():
     )
     assert model.training
     assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 def test_a_pattern_that_fits_no_weight_changes_nothing():
@@ -180,14 +235,14 @@ def test_a_model_without_blocks_is_refused():
     model = nn.Sequential(nn.Linear(2, 2))
     model.config = type("Config", (), {"num_hidden_layers": 3})
     with pytest.raises(ValueError, match="no list of 3 decoder blocks"):
-        walk.decoder_blocks(model)
+        decoder_blocks(model)
 
 
 def test_stacked_experts_are_refused():
     model = tiny_model()
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts.*experts"):
-        walk.decoder_blocks(model)
+        decoder_blocks(model)
 
 
 def test_arguments_that_depend_on_tokens_are_refused():
@@ -199,6 +254,6 @@ def test_arguments_that_depend_on_tokens_are_refused():
         return args, kwargs | {"position_ids": seen[-1]}
 
     model.model.layers[1].register_forward_pre_hook(replace, with_kwargs=True)
-    blocks = walk.decoder_blocks(model)
+    blocks = decoder_blocks(model)
     with pytest.raises(ValueError, match="block 1 arguments"), torch.no_grad():
-        walk.record_calls(model, blocks, tokens(2, 4))
+        calls_of.record_calls(model, blocks, tokens(2, 4))

@@ -271,9 +271,9 @@ def test_8bit_optimizers_by_config_and_by_flag(home: Path, name: str, flags: lis
 
 
 def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
-    from seft_ds.train.arguments import _expand_yaml, _split_seft_flags
+    from seft_ds.train.arguments import _expand_yaml, split_seft_flags
 
-    rest, found = _split_seft_flags(
+    rest, found = split_seft_flags(
         ["--seft.pattern", "2:4", "--seft.density=1e-3", "--a", "1", "--seft.waves", "false",
          "--seft.targets", '["q_proj"]', "--seft.trainable", "rank=8", "--seft.grow", "[a"]
     )  # fmt: skip
@@ -298,5 +298,6 @@ def test_dry_run_shows_the_plan_and_writes_nothing(home: Path) -> None:
         "--max_steps", "2", "--dry_run", "true",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "memory of a rank during training" in done.stdout and "moments" in done.stdout
     assert "14 sparse weights" in done.stdout and "in the loss" in done.stdout
     assert not (home / "dry").exists()

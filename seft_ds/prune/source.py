@@ -1,0 +1,281 @@
+"""A model in safetensors files, of which one block at a time is in memory.
+
+The module is there whole, but its parameters are on the meta device; a block's are read when it is opened
+and dropped when it is closed. What stands before the blocks (the embedding) reads itself when it is called
+for the first time, and goes when the hidden states are made; the final norm and the head are never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, TensorInfo, open_tensors
+from seft_ds.checkpoint.verify import INDEX_NAME, WEIGHTS_NAME, read_index
+from seft_ds.prune.blocks import Block, decoder_blocks
+from seft_ds.prune.walk import Deaths
+from seft_ds.prune.work import Work
+
+_COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, by the name that it has there."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The tensor, of memory of its own: the mapping of the file is let go, which would count as ours."""
+        with open_tensors(self.path) as file:
+            return file.get_tensor(self.key).clone()
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model folder by the names in its files, from the headers alone.
+
+    Raises:
+        ValueError: no safetensors, a damaged file or index, or a dtype that is not plain numbers.
+    """
+    names: dict[str, str] | None = None
+    if (folder / WEIGHTS_NAME).is_file():  # what transformers loads first
+        files = [WEIGHTS_NAME]
+    elif (folder / INDEX_NAME).is_file():
+        names = read_index(folder)
+        files = sorted(set(names.values()))
+    else:
+        raise ValueError(
+            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, and a model is pruned straight from its "
+            "safetensors; convert it once: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto')"
+            ".save_pretrained(NEW_DIR), and the tokenizer likewise"
+        )
+    found = {}
+    for file_name in files:
+        with open_tensors(folder / file_name) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if names is not None and names.get(key) != file_name:
+                    continue
+                view = file.get_slice(key)
+                dtype = DTYPE_OF_CODE.get(view.get_dtype())
+                if dtype is None:
+                    raise ValueError(
+                        f"{key} in {folder / file_name} is {view.get_dtype()}: a quantised model, which "
+                        "cannot be pruned; give the model in bf16 or fp32"
+                    )
+                found[key] = Stored(folder / file_name, key, tuple(view.get_shape()), dtype)
+    absent = sorted(set(names or ()) - set(found))
+    if absent:
+        raise ValueError(
+            f"{folder}: {INDEX_NAME} names {absent[0]}, which is in no file; copy it anew"
+        )
+    return found
+
+
+def main_dtype(stored: dict[str, Stored]) -> torch.dtype:
+    """The floating dtype that most numbers are in."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in stored.values():
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def match_names(model: Any, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The stored tensors by their names in the model, in the model's order; tied copies once.
+
+    Files of a model that was saved without its head leave out the base model's prefix.
+
+    Raises:
+        ValueError: a tensor that the model lacks or that the files lack, or another shape.
+    """
+    state = model.state_dict()
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})  # copy -> original
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, Stored] = {}
+    unknown = []
+    for key, tensor in stored.items():
+        name = key if key in state else prefix + key
+        if name in state:
+            found[name] = tensor
+        elif not _ignored(model, key):
+            unknown.append(key)
+    for copy, original in ties.items():
+        if copy in found and original not in found:
+            found[original] = found.pop(copy)
+        elif copy in found and _equal(found[copy], found[original]):
+            del found[copy]
+    missing = [name for name in state if name not in found and name not in ties]
+    if unknown or missing:
+        first, what = (
+            (unknown[0], "not in") if unknown else (missing[0], "missing from the files of")
+        )
+        raise ValueError(
+            f"{first} (and {len(unknown) + len(missing) - 1} other tensors) is {what} "
+            f"{type(model).__name__}; if transformers loads this folder, save it once with save_pretrained "
+            "and prune that"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != tuple(state[name].shape):
+            raise ValueError(
+                f"{tensor.key} in {tensor.path} has shape {tensor.shape}, config.json means "
+                f"{tuple(state[name].shape)}; give a folder whose files belong together"
+            )
+    return {name: found[name] for name in state if name in found}
+
+
+def _ignored(model: Any, key: str) -> bool:
+    """Whether a tensor that the model has no place for is known to be of no use to it."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    buffers = {name for name, _ in model.named_buffers()}
+    old_buffers = r"rotary_emb\.inv_freq$"  # which versions of 2023 saved in every block
+    return key in buffers or any(re.search(p, key) for p in (*patterns, old_buffers))
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    """Whether two stored matrices are the same, some rows at a time."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with open_tensors(one.path) as first, open_tensors(other.path) as second:
+        a, b = first.get_slice(one.key), second.get_slice(other.key)
+        return all(
+            torch.equal(a[lo : lo + _COMPARED_ROWS], b[lo : lo + _COMPARED_ROWS])
+            for lo in range(0, one.shape[0], _COMPARED_ROWS)
+        )
+
+
+class FromFiles:
+    """A walk's source (prune/walk.py) that reads a block from files and puts what is pruned into `work`.
+
+    model: on meta, as `empty_model` makes it. writes: whether this rank hands its blocks to `work`; others
+    only need to see the folder. finished: the blocks that are in `work` already, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: dict[str, Stored],
+        work: Work,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        writes: bool = True,
+        finished: set[int] | None = None,
+    ) -> None:
+        self.model, self.blocks, self.device = model, decoder_blocks(model), device
+        self._tensors, self._work, self._dtype, self._writes = tensors, work, dtype, writes
+        self._finished = finished or set()
+        self._open: int | None = None
+
+    def read(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """The dense tensor of a name, in the run's dtype, on the run's device unless another is given."""
+        tensor = self._tensors[name].read()
+        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device or self.device, dtype)
+
+    def layout(self) -> list[TensorInfo]:
+        """Name, shape and dtype of every tensor that the pruned model has."""
+        return [
+            TensorInfo(name, t.shape, self._dtype if t.dtype.is_floating_point else t.dtype)
+            for name, t in self._tensors.items()
+        ]
+
+    @contextmanager
+    def entrance(self) -> Iterator[None]:
+        """What stands before the blocks loads itself when it is called, and is dropped at the end."""
+        inner = {id(m) for block in self.blocks for m in block.module.modules()}
+        self._fill_buffers()
+        loaded: list[tuple[nn.Module, str]] = []
+
+        def loader(prefix: str) -> Any:
+            def load(module: nn.Module, args: tuple) -> None:
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter.device.type == "meta":
+                        _put(module, name, self.read(f"{prefix}.{name}"))
+                        loaded.append((module, name))
+
+            return load
+
+        handles = [
+            module.register_forward_pre_hook(loader(prefix))
+            for prefix, module in self.model.named_modules()
+            if id(module) not in inner
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, name in loaded:
+                _drop(module, name)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Block]:
+        block = self.blocks[index]
+        kept = self._work.names(index) if index in self._finished else set()
+        names = [name for name, _ in block.module.named_parameters()]
+        try:
+            for name in names:
+                full = f"{block.prefix}.{name}"
+                tensor = self._work.read(index, full) if full in kept else self.read(full)
+                _put(*_place(block.module, name), tensor.to(self.device))
+            self._open = index
+            yield block
+        finally:
+            self._open = None
+            for name in names:
+                _drop(*_place(block.module, name))
+            _give_back()
+
+    def finished(self, index: int) -> bool:
+        return index in self._finished
+
+    def keep(self, index: int, deaths: Deaths) -> None:
+        """Write the open block's pruned weights with their masks, if it is this rank that does."""
+        assert self._open == index
+        if self._writes:
+            weights = {name: self.model.get_parameter(name).data for name in deaths}
+            self._work.keep(index, weights, deaths)
+        self._finished.add(index)
+
+    def _fill_buffers(self) -> None:
+        """Buffers that the files hold, which few models have."""
+        buffers = dict(self.model.named_buffers())
+        for name in self._tensors:
+            if name in buffers:
+                buffers[name].copy_(self.read(name))
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can do so.
+
+    glibc keeps what was freed in pieces of up to 32 MB: several times a small model's block.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return root.get_submodule(owner), leaf
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _drop(module: nn.Module, name: str) -> None:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
