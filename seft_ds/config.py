@@ -63,7 +63,12 @@ class SeftConfig(BaseModel):
     release: Literal["fold", "revert"] = Field(
         "fold", description="A dropped slot keeps its trained value, or goes back to its base."
     )
-    grow: Literal["magnitude", "random"] = Field("magnitude", description="Growth score.")
+    grow: Literal["magnitude", "consistency", "gain", "random"] = Field(
+        "magnitude", description="Growth score."
+    )
+    grow_among: Literal["all", "live"] = Field(
+        "all", description="Dead positions compete, or slots move among live ones only."
+    )
     prune: Literal["taylor", "fisher", "magnitude"] = Field("taylor", description="Prune score.")
     adapt: bool = Field(
         True, description="Prune as many as came alive; false: live counts may grow (as in SpIEL)."

@@ -58,6 +58,7 @@ def event(
     scope: str,
     nm: str,
     adapt: bool = True,
+    among: str = "all",
 ) -> list[Outcome]:
     """One event over whole weights (algorithm: drop, grow, release, place, adapt)."""
     ids = range(len(states))
@@ -75,9 +76,12 @@ def event(
         s, o = states[w], out[w]
         held = set(s.delta) - o.dropped
         if s.pattern is None:
-            candidates = [p for p in range(len(s.weight)) if p not in held]
+            everywhere = range(len(s.weight)) if among == "all" else sorted(s.live)
+            candidates = [p for p in everywhere if p not in held]
         else:
-            candidates, payer[w] = _nm_candidates(s, o.dropped, held, release, prune, nm)
+            candidates, payer[w] = _nm_candidates(
+                s, o.dropped, held, release, prune, nm if among == "all" else "fixed"
+            )
         best = sorted((-grow_score(s, p), p) for p in candidates)
         o.grown = {p for _, p in best[: len(o.dropped)]}
         o.released, o.fresh = o.dropped - o.grown, o.grown - o.dropped

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"trainable": 100, "density": 0.1}, "give one of them"),
         ({"pattern": "4:2"}, "wanted N:M"),
         ({"drop_fraction": -0.1}, "drop_fraction = -0.1"),
-        ({"grow": "magic"}, "'magnitude' or 'random'"),
+        ({"grow": "magic"}, "'consistency', 'gain' or 'random'"),
         ({"window": True}, "not true or false"),
         ({"window": 10**9}, "window = 1000000000"),  # a run would loop over it
         ({"seed": 2**70}, "seed = "),
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"density": float("nan")}, "density = nan"),
         ({"targets": [[[[]]]]}, "targets"),
         ({"x" * 10**6: 1}, "unknown setting"),
-        ({"grow": "x" * 10**6}, "'magnitude' or 'random'"),
+        ({"grow": "x" * 10**6}, "'consistency', 'gain' or 'random'"),
         ("on", "must be an object"),
     ],
 )

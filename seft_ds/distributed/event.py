@@ -32,6 +32,7 @@ class EventSettings:
     prune: str = "taylor"
     scope: str = "layer"  # layer | global
     nm: str = "swap"  # swap | fixed
+    grow_among: str = "all"  # all | live
     adapt: bool = True  # False: nothing pays for a revival (SpIEL), so that live counts may grow
 
 
@@ -129,8 +130,8 @@ def _growth_keys(d: _Draft, settings: EventSettings) -> torch.Tensor:
     held = shard.flags(shard.position[_staying(d)])
     score = GROW[settings.grow](_inputs(shard, shard.weight))
     if shard.pattern is None:
-        candidate = ~held
-    elif settings.nm == "fixed":
+        candidate = shard.live & ~held if settings.grow_among == "live" else ~held
+    elif settings.nm == "fixed" or settings.grow_among == "live":
         candidate = shard.live & ~held
     else:
         # Whoever pays is released for certain, so its value after release is what counts.

@@ -1,8 +1,7 @@
 """How much memory pruning takes on one rank, predicted from the model's shapes.
 
 A run goes through stages, and its peak is that of the largest one. Bytes are those of tensors. What Python,
-torch and a GPU's context take comes on top (some 0.5 GB), and what the C library keeps of freed pieces of up
-to 32 MB (some 0.1 GB). On a GPU the hidden states and the assembly of the model are on the host, everything
+torch and a GPU's context take comes on top (some 0.5 GB). On a GPU the hidden states and the assembly of the model are on the host, everything
 else on the device. benchmarks/pruning.py measures against it.
 """
 
@@ -88,9 +87,10 @@ def pruning_plan(
             "one tensor": max(2 * embedding_bytes, largest * (3 * size + 4)),
         }
     }
+    masks = sum(m.weight.numel() for m in block.linears.values())
     ranking = largest * 9 + min(largest, SCORES_AT_ONCE) * _RANKING_BYTES
     if method == "magnitude":
-        parts = {"block": block_bytes, "scores": ranking}
+        parts = {"block": block_bytes, "masks": masks, "scores": ranking}
         return PruningPlan({"prune a block": parts, **stages}, block_bytes)
     width = model.get_input_embeddings().weight.shape[1]
     hidden = {HIDDEN: math.ceil(sequences / ranks) * length_tokens * width * size}
@@ -105,7 +105,6 @@ def pruning_plan(
         "make hidden states": {"embedding": embedding_bytes, **hidden},
         **stages,
     }
-    masks = sum(m.weight.numel() for m in block.linears.values())
     if method == "wanda":
         sums = 3 * sequences * sum(inputs) * 8
         stages |= {

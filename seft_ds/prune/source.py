@@ -177,6 +177,7 @@ class FromFiles:
         self._tensors, self._work, self._dtype, self._writes = tensors, work, dtype, writes
         self._finished = finished or set()
         self._open: int | None = None
+        _give_freed_memory_back()
 
     def read(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         """The dense tensor of a name, in the run's dtype, on the run's device unless another is given."""
@@ -236,7 +237,6 @@ class FromFiles:
             self._open = None
             for name in names:
                 _drop(*_place(block.module, name))
-            _give_back()
 
     def finished(self, index: int) -> bool:
         return index in self._finished
@@ -257,13 +257,14 @@ class FromFiles:
                 buffers[name].copy_(self.read(name))
 
 
-def _give_back() -> None:
-    """Return freed memory to the system, where the C library can do so.
+def _give_freed_memory_back() -> None:
+    """Have the C library return what is freed in pieces of 1 MiB or more, for the rest of the process.
 
-    glibc keeps what was freed in pieces of up to 32 MB: several times a small model's block.
+    glibc would come to keep pieces of up to 32 MB, which may add up to several blocks. Elsewhere: nothing.
     """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also keeps it from growing
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
 
 
 def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:

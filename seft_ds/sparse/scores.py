@@ -34,6 +34,24 @@ def gradient_magnitude(inputs: ScoreInputs) -> torch.Tensor:
     return inputs.G.abs()
 
 
+def consistency(inputs: ScoreInputs) -> torch.Tensor:
+    """|G| / √Q: how much the window's gradients agree, whatever their size; 0 where there were none."""
+    return _over_root(inputs.G.abs(), inputs.Q)
+
+
+def gain(inputs: ScoreInputs) -> torch.Tensor:
+    """(G² - Q) / √Q, at least 0: what a move of Adam's length brings, without what is only noise.
+
+    G² - Q is the sum of g_s · g_t over all pairs of different steps, so that noise of mean 0 cancels, and the
+    square of the mean gradient remains. Adam moves along g / √(mean g²).
+    """
+    return _over_root((inputs.G.square() - inputs.Q).clamp_(min=0), inputs.Q)
+
+
+def _over_root(numerator: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    return torch.where(Q > 0, numerator / Q.sqrt(), 0.0)
+
+
 def random_score(inputs: ScoreInputs) -> torch.Tensor:
     """The same for every rank count; isolates what the gradient criterion is worth."""
     return (hash_keys(inputs.position, inputs.seed) >> 7).to(
@@ -56,7 +74,12 @@ def weight_magnitude(inputs: ScoreInputs) -> torch.Tensor:
     return inputs.weight.float().abs()
 
 
-GROW: dict[str, Score] = {"magnitude": gradient_magnitude, "random": random_score}
+GROW: dict[str, Score] = {
+    "magnitude": gradient_magnitude,
+    "consistency": consistency,
+    "gain": gain,
+    "random": random_score,
+}
 PRUNE: dict[str, Score] = {"taylor": taylor, "fisher": fisher, "magnitude": weight_magnitude}
 
 

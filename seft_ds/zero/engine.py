@@ -53,8 +53,9 @@ class SparseEvolution:
         self.states = [WeightState(a, engine, ranks) for a in attached]
         self._slot_ranges = self._learn_slot_ranges()
         self.settings = EventSettings(
-            config.release, config.grow, config.prune, config.scope, config.nm, config.adapt
-        )
+            config.release, config.grow, config.prune, config.scope, config.nm, config.grow_among,
+            config.adapt,
+        )  # fmt: skip
         self.step = 0  # optimizer steps taken
         self.schedule: Schedule | None = None
         self.resumed_total_steps: int | None = None  # of the run that a checkpoint continues

@@ -89,7 +89,7 @@ def check(states: list[dict], size: int, rate: float, **kw) -> int:
     )
     wanted = reference.event(
         [as_reference(s) for s in states], rate, kw["release"], kw["prune"], kw["scope"], kw["nm"],
-        kw.get("adapt", True),
+        kw.get("adapt", True), kw.get("grow_among", "all"),
     )  # fmt: skip
     for changes in results:  # every rank knows the same
         for state, change, want in zip(states, changes, wanted, strict=True):
@@ -147,6 +147,16 @@ def test_without_adapt_nothing_pays_for_a_revival(kind: str) -> None:
             states, size, rate, release=release, prune="taylor", scope=scope, nm="swap", adapt=False
         )
     assert revived > 0
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zero"])
+def test_among_live_positions_only_slots_move(kind: str) -> None:
+    for i, (size, release, scope) in enumerate(
+        itertools.product([1, 3], ["fold", "revert"], ["layer", "global"])
+    ):
+        states = [random_state(97, 11, i, kind, None), random_state(24, 5, i, kind, (2, 4))]
+        kw = {"release": release, "prune": "taylor", "scope": scope, "nm": "swap"}
+        assert check(states, size, 0.7, grow_among="live", **kw) == 0
 
 
 @pytest.mark.parametrize("size", RANKS)
