@@ -1,7 +1,8 @@
 """How much memory pruning takes on one rank, predicted from the model's shapes.
 
 A run goes through stages, and its peak is that of the largest one. Bytes are those of tensors. What Python,
-torch and a GPU's context take comes on top (some 0.5 GB). On a GPU the hidden states and the assembly of the model are on the host, everything
+torch and a GPU's context take comes on top (some 0.5 GB), and buffers of the libraries that compute (MKL,
+oneDNN: some 0.1 GB). On a GPU the hidden states and the assembly of the model are on the host, everything
 else on the device. benchmarks/pruning.py measures against it.
 """
 

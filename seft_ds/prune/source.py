@@ -237,6 +237,7 @@ class FromFiles:
             self._open = None
             for name in names:
                 _drop(*_place(block.module, name))
+            _give_freed_memory_back()
 
     def finished(self, index: int) -> bool:
         return index in self._finished
@@ -258,13 +259,15 @@ class FromFiles:
 
 
 def _give_freed_memory_back() -> None:
-    """Have the C library return what is freed in pieces of 1 MiB or more, for the rest of the process.
+    """Have the C library return what was freed, and from now on what is freed in pieces of 1 MiB or more.
 
-    glibc would come to keep pieces of up to 32 MB, which may add up to several blocks. Elsewhere: nothing.
+    glibc comes to keep pieces of up to 32 MB, which may add up to several blocks. Elsewhere: nothing.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also keeps it from growing
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 1 << 20)
+        library.malloc_trim(0)
 
 
 def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
