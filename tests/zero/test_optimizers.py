@@ -226,11 +226,13 @@ def run_all(cases: list[tuple[str, int]]) -> dict:
     return {case: run(*case) for case in cases}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(5400 if FULL else 900)
 def test_events_and_state_repair_with_every_optimizer() -> None:
     for size in (1, 2, 3):
         cases = [c for n, c in enumerate(CASES) if FULL or n % 3 == size - 1]
-        for (name, stage), seen in run_processes(size, run_all, cases)[0].items():
+        for (name, stage), seen in run_processes(
+            size, run_all, cases, timeout=1500 if FULL else 300
+        )[0].items():
             case = (name, stage, size)
             plain = name if name in OPTIMIZERS else name.partition(", ")[0]
             assert seen["events"] > 14 and seen["repaired"] > 14, case
