@@ -71,6 +71,14 @@ if FULL:
     CASES += [(f"{n}{OFFLOAD}", s) for n in list(COMPILED)[1:] for s in (1, 2, 3)]
 
 
+def split(name: str) -> tuple[str, str]:
+    """A case's optimizer, and how it runs."""
+    if name in OPTIMIZERS:
+        return name, ""
+    plain, _, how = name.partition(", ")
+    return plain, how
+
+
 def raw_state(part: Any) -> dict[str, torch.Tensor]:
     """Copies of the optimizer's own tensors of the flat tensor that these slots lie in."""
     state = part.optimizer.state.get(part.flat, {}) if part.flat is not None else {}
@@ -150,9 +158,7 @@ def run(name: str, stage: int) -> dict[str, Any]:
         settings["optimizer"],
         settings["zero_allow_untested_optimizer"],
     )  # which is set for the user
-    plain, _, how = name.partition(", ")
-    if plain not in OPTIMIZERS:
-        plain, how = name, ""
+    plain, how = split(name)
     optimizer: Any = OPTIMIZERS[plain]
     zero = settings["zero_optimization"]
     if "offloaded" in how:
@@ -234,7 +240,7 @@ def test_events_and_state_repair_with_every_optimizer() -> None:
             size, run_all, cases, timeout=1500 if FULL else 300
         )[0].items():
             case = (name, stage, size)
-            plain = name if name in OPTIMIZERS else name.partition(", ")[0]
+            plain, _ = split(name)
             assert seen["events"] > 14 and seen["repaired"] > 14, case
             eight_bit = plain.endswith("8bit")
             assert seen["kinds"] == (["Blocks"] if eight_bit else ["Plain"]), (case, seen["kinds"])
