@@ -1,6 +1,6 @@
 """Which method repairs best? models x methods x seeds from a YAML grid, as one table.
 
-    python benchmarks/repair.py benchmarks/grids/ci.yaml --work /tmp/ci --fork       # under 2 minutes
+    python benchmarks/repair.py benchmarks/grids/ci.yaml --work RUNS/ci --fork
     python benchmarks/repair.py benchmarks/grids/smollm2_cpu.yaml --work RUNS/smollm2 \\
         --table RESULTS.md --csv RESULTS.csv --figure RESULTS.png
 

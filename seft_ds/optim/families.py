@@ -164,7 +164,9 @@ def fresh(
     return t * (Q / window_steps)
 
 
-def place(moments: dict[str, Moment], index: torch.Tensor, values: dict[str, torch.Tensor]) -> Any:
+def place(
+    moments: dict[str, Moment], index: torch.Tensor, values: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """Set the entries at `index` (m,) of all `moments` to `values`, fp32 (m,) each, keeping steps short.
 
     The length of a step is mean / sqrt(square). 8-bit state may hold less of the square than it should (cut
