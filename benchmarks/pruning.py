@@ -32,8 +32,9 @@ from seft_ds.prune.empty import empty_model
 from seft_ds.prune.folder import assemble, find_quotas, prune_blocks
 from seft_ds.prune.plan import pruning_plan
 from seft_ds.prune.recipe import recipe_of
-from seft_ds.prune.source import FromFiles, main_dtype, match_names, stored_tensors
+from seft_ds.prune.source import FromFiles, main_dtype, match_names
 from seft_ds.prune.work import Work
+from seft_ds.tensor_files import stored_tensors
 
 CPU = torch.device("cpu")
 MIB = 2**20

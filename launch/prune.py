@@ -237,7 +237,8 @@ def prepare(
     """
     from seft_ds.prune.blocks import check_pattern_fits, decoder_blocks
     from seft_ds.prune.empty import empty_model, read_config
-    from seft_ds.prune.source import main_dtype, match_names, stored_tensors
+    from seft_ds.prune.source import main_dtype, match_names
+    from seft_ds.tensor_files import stored_tensors
 
     stored = stored_tensors(folder)
     config = read_config(folder)

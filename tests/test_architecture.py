@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "seft_ds"
 # Each may import what stands in an earlier row, and its own row's other modules.
 LAYERS = [
-    ["json_file", "config", "schedule", "targets", "memory", "errors", "signals", "console"],
+    [
+        "json_file",
+        "tensor_files",
+        "config",
+        "schedule",
+        "targets",
+        "memory",
+        "errors",
+        "signals",
+        "console",
+    ],
     ["sparse", "optim"],
     ["distributed"],
     ["zero"],

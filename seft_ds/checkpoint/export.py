@@ -28,23 +28,11 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.manifest import aside_of
-from seft_ds.checkpoint.shard_files import (
-    DTYPE_CODES,
-    ShardWriter,
-    TensorInfo,
-    index_of,
-    plan_shards,
-)
-from seft_ds.checkpoint.verify import (
-    FORMAT,
-    INDEX_NAME,
-    RECORD_NAME,
-    model_digest,
-    packed_digest,
-    verify,
-)
+from seft_ds.checkpoint.shard_files import ShardWriter, index_of, plan_shards
+from seft_ds.checkpoint.verify import FORMAT, RECORD_NAME, model_digest, packed_digest, verify
 from seft_ds.json_file import read_object
 from seft_ds.sparse import mask
+from seft_ds.tensor_files import DTYPE_CODES, INDEX_NAME, TensorInfo
 
 __all__ = ["TargetInfo", "TensorInfo", "about_run", "versions", "write_sparse_model"]
 

@@ -19,10 +19,9 @@ from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_s
 from seft_ds.checkpoint.layout import CheckpointMeta, check_listed, find_tag, read_meta
 from seft_ds.checkpoint.manifest import find_problems
 from seft_ds.checkpoint.pieces import Pieces
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
-from seft_ds.checkpoint.verify import INDEX_NAME, WEIGHTS_NAME, read_index
 from seft_ds.json_file import shown
 from seft_ds.sparse import mask
+from seft_ds.tensor_files import DTYPE_OF_CODE, INDEX_NAME, WEIGHTS_NAME, open_tensors, read_index
 from seft_ds.zero.fingerprint import fingerprint
 
 

@@ -30,7 +30,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from seft_ds.checkpoint.shard_files import DTYPE_CODES, TensorInfo, file_header
+from seft_ds.checkpoint.shard_files import file_header
+from seft_ds.tensor_files import DTYPE_CODES, TensorInfo
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "seft_ds-manifest-1"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.layout import CheckpointMeta, rank_file
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
 from seft_ds.optim.blockwise8bit import BLOCK
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
+from seft_ds.tensor_files import DTYPE_OF_CODE, open_tensors
 from seft_ds.zero.weight_state import SlotTable
 
 

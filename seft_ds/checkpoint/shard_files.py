@@ -10,59 +10,12 @@ Format: the README of the safetensors project, "Format".
 from __future__ import annotations
 
 import json
-import math
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from seft_ds.json_file import printable
-
-# The names that the format gives to dtypes, and ours to read them back with.
-DTYPE_CODES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor before its values: `dtype` is the one it is written in."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, mapped: the library's reader, which has looked at the whole header.
-
-    Raises:
-        ValueError: naming the file: there is none, or it is damaged. A pipe is not waited for.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"{str(path)!r}: can't be read (no such file)")
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, MemoryError, SafetensorError) as error:
-        reason = printable(str(error), 200)
-        raise ValueError(f"{path}: can't be read ({reason}); it is cut short or damaged") from None
+from seft_ds.tensor_files import DTYPE_CODES, TensorInfo
 
 
 def plan_shards(layout: list[TensorInfo], max_shard_bytes: int) -> dict[str, list[TensorInfo]]:

@@ -18,22 +18,26 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, open_tensors
 from seft_ds.json_file import printable, read_object, shown
 from seft_ds.sparse import mask
 from seft_ds.targets import parse_pattern
+from seft_ds.tensor_files import (
+    DTYPE_OF_CODE,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    is_name,
+    open_tensors,
+    read_index,
+)
 
 FORMAT = "seft_ds-sparsity-1"
 RECORD_NAME = "sparsity.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 # What every entry of `targets` in the record has, and of which types.
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "shape": (list,),
@@ -150,7 +154,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     if not isinstance(targets, dict) or not targets:
         raise ValueError(f"{path} names no targets; write the model again with launch/export.py")
     for name, entry in targets.items():
-        if not _is_name(name):
+        if not is_name(name):
             raise ValueError(f"{path}: {shown(name)} is no name of a tensor; the file is damaged")
         for key, types in _ENTRY_TYPES.items():
             value = entry.get(key) if isinstance(entry, dict) else None
@@ -167,36 +171,11 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _is_name(name: str) -> bool:
-    return 0 < len(name) <= 1000 and name.isprintable()
-
-
 def _absurd(value: object) -> bool:
     """No count of ours, or a text or list far longer than what it should be."""
     if isinstance(value, int):
         return not 0 <= value < 1 << 62
     return isinstance(value, (str, list)) and len(value) > 200
-
-
-def read_index(directory: Path) -> dict[str, str]:
-    """{tensor name: file name} of a model in several files.
-
-    Raises:
-        ValueError: a damaged index, or one that leads out of its directory.
-    """
-    path = directory / INDEX_NAME
-    listed = read_object(path).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{path} has no weight_map; the file is damaged")
-    for name, file_name in listed.items():
-        # A plain file name: an index must not make us read outside its own directory.
-        plain = isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)
-        if not plain or not file_name.isprintable() or not _is_name(name):
-            raise ValueError(
-                f"{INDEX_NAME} puts {shown(name)} into {shown(file_name)}, which is no file name; "
-                f"{path} is damaged"
-            )
-    return listed
 
 
 def _tensor_files(directory: Path) -> tuple[dict[str, str], list[str]]:

@@ -12,75 +12,17 @@ import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from seft_ds.checkpoint.shard_files import DTYPE_OF_CODE, TensorInfo, open_tensors
-from seft_ds.checkpoint.verify import INDEX_NAME, WEIGHTS_NAME, read_index
 from seft_ds.prune.blocks import Block, decoder_blocks
 from seft_ds.prune.walk import Deaths
 from seft_ds.prune.work import Work
+from seft_ds.tensor_files import Stored, TensorInfo, open_tensors
 
 _COMPARED_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, by the name that it has there."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self) -> torch.Tensor:
-        """The tensor, of memory of its own: the mapping of the file is let go, which would count as ours."""
-        with open_tensors(self.path) as file:
-            return file.get_tensor(self.key).clone()
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a model folder by the names in its files, from the headers alone.
-
-    Raises:
-        ValueError: no safetensors, a damaged file or index, or a dtype that is not plain numbers.
-    """
-    names: dict[str, str] | None = None
-    if (folder / WEIGHTS_NAME).is_file():  # what transformers loads first
-        files = [WEIGHTS_NAME]
-    elif (folder / INDEX_NAME).is_file():
-        names = read_index(folder)
-        files = sorted(set(names.values()))
-    else:
-        raise ValueError(
-            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, and a model is pruned straight from its "
-            "safetensors; convert it once: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto')"
-            ".save_pretrained(NEW_DIR), and the tokenizer likewise"
-        )
-    found = {}
-    for file_name in files:
-        with open_tensors(folder / file_name) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if names is not None and names.get(key) != file_name:
-                    continue
-                view = file.get_slice(key)
-                dtype = DTYPE_OF_CODE.get(view.get_dtype())
-                if dtype is None:
-                    raise ValueError(
-                        f"{key} in {folder / file_name} is {view.get_dtype()}: a quantised model, which "
-                        "cannot be pruned; give the model in bf16 or fp32"
-                    )
-                found[key] = Stored(folder / file_name, key, tuple(view.get_shape()), dtype)
-    absent = sorted(set(names or ()) - set(found))
-    if absent:
-        raise ValueError(
-            f"{folder}: {INDEX_NAME} names {absent[0]}, which is in no file; copy it anew"
-        )
-    return found
 
 
 def main_dtype(stored: dict[str, Stored]) -> torch.dtype:

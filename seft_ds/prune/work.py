@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.manifest import aside_of, write_bytes, write_tensors
-from seft_ds.checkpoint.shard_files import open_tensors
 from seft_ds.json_file import read_object
 from seft_ds.prune.choose import Quota
 from seft_ds.sparse import mask
+from seft_ds.tensor_files import open_tensors
 
 FOLDER_NAME = ".pruning"
 _SETTINGS, _QUOTAS, _ASSEMBLING = "settings.json", "quotas.json", "assembling"

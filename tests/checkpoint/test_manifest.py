@@ -36,7 +36,7 @@ from seft_ds.checkpoint.manifest import (
     write_bytes,
     write_tensors,
 )
-from seft_ds.checkpoint.shard_files import DTYPE_CODES
+from seft_ds.tensor_files import DTYPE_CODES
 
 WEIGHTS, NOTES, FOREIGN = "model.safetensors", "notes.json", "zero/optim.pt"
 RANK, SUB = "seft/rank-00000.safetensors", f"seft/{MANIFEST_NAME}"

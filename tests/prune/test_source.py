@@ -14,8 +14,9 @@ from seft_ds.prune.choose import Budget, quota_of
 from seft_ds.prune.empty import empty_model
 from seft_ds.prune.folder import assemble, find_quotas, prune_blocks
 from seft_ds.prune.recipe import Recipe, recipe_of
-from seft_ds.prune.source import FromFiles, main_dtype, match_names, stored_tensors
+from seft_ds.prune.source import FromFiles, main_dtype, match_names
 from seft_ds.prune.work import Work
+from seft_ds.tensor_files import stored_tensors
 from tests.prune.models import KINDS, saved, tiny_model, tokens
 from tests.prune.test_walk import slow_wanda
 from tests.ranks import run_processes, run_threads

@@ -1,0 +1,143 @@
+"""Safetensors files as they are read: a model's tensors by name, from the headers alone.
+
+Format: the README of the safetensors project, "Format".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from seft_ds.json_file import printable, read_object, shown
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# The names that the format gives to dtypes, and ours to read them back with.
+DTYPE_CODES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before its values: `dtype` is the one it is written in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, mapped: the library's reader, which has looked at the whole header.
+
+    Raises:
+        ValueError: naming the file: there is none, or it is damaged. A pipe is not waited for.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{str(path)!r}: can't be read (no such file)")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, MemoryError, SafetensorError) as error:
+        reason = printable(str(error), 200)
+        raise ValueError(f"{path}: can't be read ({reason}); it is cut short or damaged") from None
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """{tensor name: file name} of a model in several files.
+
+    Raises:
+        ValueError: a damaged index, or one that leads out of its directory.
+    """
+    path = directory / INDEX_NAME
+    listed = read_object(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{path} has no weight_map; the file is damaged")
+    for name, file_name in listed.items():
+        # A plain file name: an index must not make us read outside its own directory.
+        plain = isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)
+        if not plain or not file_name.isprintable() or not is_name(name):
+            raise ValueError(
+                f"{INDEX_NAME} puts {shown(name)} into {shown(file_name)}, which is no file name; "
+                f"{path} is damaged"
+            )
+    return listed
+
+
+def is_name(name: str) -> bool:
+    return 0 < len(name) <= 1000 and name.isprintable()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, by the name that it has there."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The tensor, of memory of its own: the mapping of the file is let go, which would count as ours."""
+        with open_tensors(self.path) as file:
+            return file.get_tensor(self.key).clone()
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model folder by the names in its files, from the headers alone.
+
+    Raises:
+        ValueError: no safetensors, a damaged file or index, or a dtype that is not plain numbers.
+    """
+    names: dict[str, str] | None = None
+    if (folder / WEIGHTS_NAME).is_file():  # what transformers loads first
+        files = [WEIGHTS_NAME]
+    elif (folder / INDEX_NAME).is_file():
+        names = read_index(folder)
+        files = sorted(set(names.values()))
+    else:
+        raise ValueError(
+            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, and a model is read straight from its "
+            "safetensors; convert it once: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto')"
+            ".save_pretrained(NEW_DIR), and the tokenizer likewise"
+        )
+    found = {}
+    for file_name in files:
+        with open_tensors(folder / file_name) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if names is not None and names.get(key) != file_name:
+                    continue
+                view = file.get_slice(key)
+                dtype = DTYPE_OF_CODE.get(view.get_dtype())
+                if dtype is None:
+                    raise ValueError(
+                        f"{key} in {folder / file_name} is {view.get_dtype()}: a quantised model, which "
+                        "can't be read here; give the model in bf16 or fp32"
+                    )
+                found[key] = Stored(folder / file_name, key, tuple(view.get_shape()), dtype)
+    absent = sorted(set(names or ()) - set(found))
+    if absent:
+        raise ValueError(
+            f"{folder}: {INDEX_NAME} names {absent[0]}, which is in no file; copy it anew"
+        )
+    return found
