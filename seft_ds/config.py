@@ -73,6 +73,18 @@ class SeftConfig(BaseModel):
     adapt: bool = Field(
         True, description="Prune as many as came alive; false: live counts may grow (as in SpIEL)."
     )
+    dense_model: str | None = Field(
+        None,
+        description="Folder of the model before pruning: pruned weights may come back with their old values. "
+        "Sets scope to global and drop_fraction to 0 where they are not given.",
+    )
+    exchange: float = Field(
+        0.02,
+        gt=0,
+        le=0.5,
+        description="With dense_model: share of the target weights' entries that the first exchange may "
+        "bring back; falls to 0 at stop (cosine).",
+    )
     pattern: str = Field("auto", description='N:M pattern: auto (from the zeros), none, or "2:4".')
     nm: Literal["swap", "fixed"] = Field("swap", description="N:M patterns evolve, or stay fixed.")
     min_sparsity: float = Field(
@@ -90,6 +102,15 @@ class SeftConfig(BaseModel):
     )
     total_steps: int | Auto = Field("auto", description="Optimizer steps of the whole run.")
     seed: int = Field(0, ge=0, le=_MOST, description="Seed of the random slots.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_exchanges(cls, given: Any) -> Any:
+        """With the dense model at hand, budgets move between weights, and slots stay where they are: what
+        measured best (docs/results.md)."""
+        if isinstance(given, dict) and given.get("dense_model") is not None:
+            return {"scope": "global", "drop_fraction": 0.0, **given}
+        return given
 
     @field_validator("interval", "total_steps")
     @classmethod
@@ -131,6 +152,16 @@ class SeftConfig(BaseModel):
             raise ValueError(
                 'trainable "live" puts a slot on every live weight, so that none is left to prune and '
                 "nothing can evolve; set drop_fraction to 0"
+            )
+        if self.dense_model is None and "exchange" in self.model_fields_set:
+            raise ValueError(
+                "exchange brings pruned weights back with the values that they had: give dense_model, the "
+                "folder of the model before pruning, or leave exchange out"
+            )
+        if self.dense_model is not None and (self.trainable == "live" or not self.adapt):
+            raise ValueError(
+                "dense_model lets pruned weights come back for live ones that no slot holds; trainable "
+                '"live" leaves none, and adapt false prunes none: leave that setting out, or dense_model'
             )
         if not self.adapt and self.pattern != "none":
             raise ValueError(

@@ -22,11 +22,13 @@ from seft_ds.targets import Target
 HELD = (
     "weights", "deltas", "positions", "gradients", "masters", "moments", "masks", "slot tables", "windows",
 )  # fmt: skip
-PASSING = ("reduction buffers", "gathered weights", "slot gradients", "activations")
+PASSING = ("reduction buffers", "gathered weights", "slot gradients", "exchange", "activations")
 BLOCK = 256  # entries that share a scale in bitsandbytes' 8-bit state
 SMALLEST_8BIT = 4096  # bitsandbytes keeps smaller tensors in 32 bits (its min_8bit_size)
 # Per slot: the codes of positions (int64), slot numbers (int64), and whether it was born dead.
 _TABLE_BYTES = 8 + 8 + 1
+# Per position that an exchange weighs: worth (fp32), live, held, and a selection's keys and candidates.
+_EXCHANGE_BYTES = 4 + 1 + 1 + 4 + 4
 # Moments of 4 bytes an optimizer keeps for each entry, by a part of its lower-case name.
 _MOMENTS = {"ademamix": 3, "lion": 1, "adagrad": 1, "adam": 2}
 
@@ -147,7 +149,11 @@ def plan(
     for part in HELD:
         where = result.host if on_host.get(part) else result.device
         where[part] = held[part]
-    result.device |= buffers(targets, others, setup) | (passing or {})
+    result.device |= buffers(targets, others, setup)
+    if config.dense_model is not None:
+        weighed = sum(_owned(t, setup) for t in targets if t.pattern is None)
+        result.device["exchange"] = weighed * _EXCHANGE_BYTES
+    result.device |= passing or {}
     return result
 
 

@@ -33,6 +33,7 @@ class Schedule:
     n_targets: int
     waves: bool = True
     replace_all_first: bool = False  # `start: gradient`
+    exchange: float = 0.0  # share of positions that the first exchange may move; 0: none
 
     def phase(self, target: int) -> int:
         """Steps by which this weight's events are shifted: 0 ≤ phase < interval."""
@@ -68,3 +69,18 @@ class Schedule:
     def in_window(self, target: int, step: int) -> bool:
         """Whether the gradients of `step` are scored for an event of this weight."""
         return any(self.rate(target, step + ahead) is not None for ahead in range(self.window))
+
+    def exchange_rate(self, step: int) -> float | None:
+        """Share of the positions that may change places after `step`; None: no exchange.
+
+        The first comes as soon as its window is full, so that what it brings is trained for longest.
+        """
+        own = step - self.window
+        if not self.exchange or step > self.stop_step or own < 0 or own % self.interval:
+            return None
+        rate = self.exchange * 0.5 * (1 + math.cos(math.pi * step / self.stop_step))
+        return rate if rate > 0 else None
+
+    def in_exchange_window(self, step: int) -> bool:
+        """Whether `step` is measured for an exchange."""
+        return any(self.exchange_rate(step + ahead) is not None for ahead in range(self.window))

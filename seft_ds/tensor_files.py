@@ -102,6 +102,14 @@ class Stored:
         with open_tensors(self.path) as file:
             return file.get_tensor(self.key).clone()
 
+    def read_flat(self, lo: int, hi: int) -> torch.Tensor:
+        """The flat positions [lo, hi) of a matrix; only the rows that they lie in are read."""
+        columns = self.shape[1]
+        first, last = lo // columns, -(-hi // columns)
+        with open_tensors(self.path) as file:
+            rows = file.get_slice(self.key)[first:last]
+            return rows.reshape(-1)[lo - first * columns : hi - first * columns].clone()
+
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a model folder by the names in its files, from the headers alone.

@@ -101,7 +101,9 @@ def _values_fit(pieces: Pieces, i: int) -> bool:
     values = {name: pieces.by_slot(i, name, 0, k) for name in names}
     if meta.window_steps[i] is not None:
         values |= {name: pieces.window(i, name, 0, n) for name in ("G", "Q")}
-    squares = (f"moment.{SQUARE}", f"moment.{TOTAL}", "Q")
+    if meta.curvature_steps[i] is not None:
+        values |= dict(zip(("output", "input"), pieces.curvature(i), strict=True))
+    squares = (f"moment.{SQUARE}", f"moment.{TOTAL}", "Q", "output", "input")
     return all(
         bool((x >= 0).all() if name in squares else x.isfinite().all())
         for name, x in values.items()

@@ -16,6 +16,7 @@ any number of ranks under any ZeRO stage can read what it needs. For target i (i
     i.live_bits, i.start_bits          packed masks of the rank's positions
     i.slots.position, .slot, .base, .born_dead    the slots on the rank's positions, ascending
     i.window.G, .Q      open window's sums at the rank's positions
+    i.curvature.output, .input         (rank 0) sums of an exchange's open window, over all ranks
     i.delta, i.moment.NAME             fp32 master values and moments of the slots in slot_ranges
     flat.k.absmax.NAME  scales of 8-bit moments, by block of the rank's k-th flat tensor
     i.fresh_slots       (rank 0) slots that the last event placed and no step has moved yet
@@ -41,7 +42,7 @@ from seft_ds.optim.families import FAMILIES
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
 
-FORMAT = "seft_ds-checkpoint-2"
+FORMAT = "seft_ds-checkpoint-3"
 META_NAME = "seft.json"
 ENGINE_NAME = "engine.pt"
 _LATEST_BYTES = 1024
@@ -91,7 +92,7 @@ class OtherMeta(_Plain):
 class CheckpointMeta(_Plain):
     """`seft.json`."""
 
-    format: Literal["seft_ds-checkpoint-2"]
+    format: Literal["seft_ds-checkpoint-3"]
     base: Literal["copy", "reference"]
     step: int = Count
     total_steps: Annotated[int, Field(ge=1, le=_MOST)] | None
@@ -107,6 +108,7 @@ class CheckpointMeta(_Plain):
     moments: list[str]
     optimizer_steps: Annotated[float, Field(ge=0, le=_MOST)] | None
     window_steps: list[Size | None]  # of each target's open window; None: not open
+    curvature_steps: list[Size | None]  # likewise of what is measured for an exchange
     target_events: list[int]  # that each target has had
     source_dir: str = Field(max_length=4096)
     config: dict[str, Any]
@@ -132,6 +134,8 @@ class CheckpointMeta(_Plain):
             return f"flat_layouts of {len(self.flat_layouts)} ranks, wanted {self.ranks}"
         if len(self.window_steps) != len(self.targets):
             return f"window_steps of {len(self.window_steps)} targets, wanted {len(self.targets)}"
+        if len(self.curvature_steps) != len(self.targets):
+            return f"curvature_steps of {len(self.curvature_steps)} targets, wanted {len(self.targets)}"
         if len(self.target_events) != len(self.targets) or min(self.target_events) < 0:
             return f"target_events {self.target_events[:3]}, wanted a count for each target"
         for target in self.targets:

@@ -43,6 +43,7 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
         _restore_slots(state, pieces, i)
         _restore_masks(state, pieces, i)
         _restore_window(state, pieces, i, meta.window_steps[i])
+        _restore_curvature(state, pieces, i, meta.curvature_steps[i])
         _restore_optimizer(state, pieces, i, meta)
         state.n_events = meta.target_events[i]
     _restore_moments(seft, pieces, meta)
@@ -128,6 +129,8 @@ def _brief(target: TargetMeta | None) -> str:
 def _check_settings(mine: dict[str, Any], saved: dict[str, Any]) -> None:
     free = {"checkpoint_base", "max_skipped_steps", "total_steps"}  # `begin` checks the total
     mine = json.loads(json.dumps(mine))
+    for settings in (mine, saved := dict(saved)):  # the folder may have moved
+        settings["dense_model"] = settings.get("dense_model") is not None
     changed = sorted(k for k in (set(mine) | set(saved)) - free if mine.get(k) != saved.get(k))
     if changed:
         was, now = {k: saved.get(k) for k in changed}, {k: mine.get(k) for k in changed}
@@ -202,6 +205,18 @@ def _restore_window(state: WeightState, pieces: Pieces, i: int, steps: int | Non
     state.window.G.copy_(pieces.window(i, "G", state.lo, state.hi))
     state.window.Q.copy_(pieces.window(i, "Q", state.lo, state.hi))
     state.window.steps = steps
+
+
+def _restore_curvature(state: WeightState, pieces: Pieces, i: int, steps: int | None) -> None:
+    state.curvature = None
+    if steps is None:
+        return
+    state.begin_curvature()
+    assert state.curvature is not None
+    output, input = pieces.curvature(i)
+    state.curvature.output.copy_(output)
+    state.curvature.input.copy_(input)
+    state.curvature.steps = steps
 
 
 def _restore_optimizer(state: WeightState, pieces: Pieces, i: int, meta: CheckpointMeta) -> None:

@@ -143,6 +143,15 @@ class Pieces:
             raise self._damaged(0, f"{name} names slots that there are not")
         return found
 
+    def curvature(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of outputs, fp32 (out,), and inputs, fp32 (in,), of an exchange's open window."""
+        names = (f"{i}.curvature.output", f"{i}.curvature.input")
+        sizes = self.meta.targets[i].shape
+        output, input = (
+            self._tensor(0, n, torch.float32, k) for n, k in zip(names, sizes, strict=True)
+        )
+        return output, input
+
     def other(self, k: int, lo: int, hi: int) -> torch.Tensor:
         """The flat values [lo, hi) of the k-th of `meta.others`."""
         other = self.meta.others[k]

@@ -56,6 +56,8 @@ def save_state(
         found |= _slot_values(state, slot_ranges[rank][i], moments)
         if rank == 0 and state.fresh_slots is not None:
             found["fresh_slots"] = state.fresh_slots
+        if rank == 0 and (curvature := state.curvature) is not None:  # the same on every rank
+            found |= {"curvature.output": curvature.output, "curvature.input": curvature.input}
         tensors |= {f"{i}.{name}": tensor for name, tensor in found.items()}
     tensors |= _block_scales(seft)
     layouts = seft.ranks.gather_object(flat_layout(seft))
@@ -181,7 +183,7 @@ def _meta(
 ) -> CheckpointMeta:
     steps = [x for s in seft.states if (x := s.slot_shard.steps()) is not None]
     return CheckpointMeta(
-        format="seft_ds-checkpoint-2",
+        format="seft_ds-checkpoint-3",
         base=base,  # type: ignore[arg-type]
         step=seft.step,
         total_steps=seft.schedule.total_steps if seft.schedule else None,
@@ -200,6 +202,9 @@ def _meta(
             (steps[0] if steps else float(seft.step - seft.skipped_steps)) if moments else None
         ),
         window_steps=[s.window.steps if s.window is not None else None for s in seft.states],
+        curvature_steps=[
+            s.curvature.steps if s.curvature is not None else None for s in seft.states
+        ],
         target_events=[s.n_events for s in seft.states],
         source_dir=source_dir,
         config=seft.config.model_dump(),

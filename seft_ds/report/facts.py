@@ -76,6 +76,9 @@ def facts_of(records: Iterable[dict[str, Any]]) -> Facts:
             facts.run, facts.starts, facts.end = record, facts.starts + 1, {}
         elif kind == "end":
             facts.end = record
+        elif kind == "exchange" and isinstance(record.get("step"), int):
+            for event in _as_events(record):
+                kept["event"][record["step"], event["target"], "exchange"] = event
         elif kind in kept and isinstance(record.get("step"), int):
             key = (record["step"], str(record.get("target", "")), str(record.get("name", "")))
             kept[kind][key] = record
@@ -89,6 +92,18 @@ def facts_of(records: Iterable[dict[str, Any]]) -> Facts:
     return facts
 
 
+def _as_events(exchange: dict[str, Any]) -> list[dict[str, Any]]:
+    """An exchange as an event of each weight that takes part, with its share of the cost."""
+    targets = exchange.get("targets")
+    found = targets if isinstance(targets, dict) else {}
+    share = {key: number(exchange.get(key)) / max(len(found), 1) for key in ("seconds", "bytes")}
+    return [
+        {"step": exchange["step"], "target": name, **counts, **share}
+        for name, counts in found.items()
+        if isinstance(counts, dict)
+    ]
+
+
 def live_totals(facts: Facts) -> tuple[int | None, int | None]:
     """(live, target) over all targets at the end, or after the last event of a run still going."""
     if facts.end.get("live") is not None:
@@ -99,7 +114,8 @@ def live_totals(facts: Facts) -> tuple[int | None, int | None]:
     now, target = dict(start), dict(start)
     for event in facts.events:
         now[bare(event["target"])] = int(number(event.get("live")))
-        target[bare(event["target"])] = int(number(event.get("target_live")))
+        if "target_live" in event:  # an exchange doesn't change the sum that is wanted
+            target[bare(event["target"])] = int(number(event["target_live"]))
     return sum(now.values()), sum(target.values())
 
 
@@ -117,6 +133,8 @@ def deviations(facts: Facts) -> list[tuple[int, int]]:
             by_step[event["step"]] = [sum(totals.values()) - aim]  # after the step's last event
     else:
         for event in facts.events:
+            if "target_live" not in event:
+                continue
             off = int(number(event.get("live")) - number(event.get("target_live")))
             by_step.setdefault(event["step"], []).append(off)
     return [(step, max(offs, key=abs)) for step, offs in sorted(by_step.items())]

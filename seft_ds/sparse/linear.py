@@ -9,6 +9,7 @@ a scoring window it also hands (dy, x) to the window, which sums the dense gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ POSITION = "seft_position"
 
 
 class GradientSink(Protocol):
-    """Where the dense gradient of a weight goes while the weight is in its window."""
+    """Takes what a weight's dense gradient is made of, while the weight is in a window."""
 
     def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
         """dy: (tokens, out); x: (tokens, in); their product dyᵀx is this micro-batch's gradient."""
@@ -39,14 +40,14 @@ class SlotLinear(torch.autograd.Function):
         bias: torch.Tensor | None,  # (out,)
         delta: torch.Tensor,  # (K,)
         position: torch.Tensor,  # (K,) flat positions
-        sink: GradientSink | None,
+        sinks: Sequence[GradientSink],
         not_finite: torch.Tensor | None = None,  # (), bool: set if a slot gradient isn't finite
     ) -> torch.Tensor:
         # The Parameter objects themselves are saved, never a view or `.data`: ZeRO-3 empties them
         # after forward and fills them again before this module's backward.
         ctx.save_for_backward(x, weight, position)
         ctx.delta_dtype = delta.dtype
-        ctx.sink, ctx.not_finite = sink, not_finite
+        ctx.sinks, ctx.not_finite = sinks, not_finite
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -59,8 +60,8 @@ class SlotLinear(torch.autograd.Function):
             d_delta = slot_gradient(flat_dy, flat_x, position).to(ctx.delta_dtype)
             if ctx.not_finite is not None:  # no host sync here: the flag is read once a step
                 ctx.not_finite.logical_or_(~d_delta.isfinite().all())
-        if ctx.sink is not None:
-            ctx.sink.add(flat_dy, flat_x)
+        for sink in ctx.sinks:
+            sink.add(flat_dy, flat_x)
         return dx, None, None, d_delta, None, None, None
 
 
@@ -87,7 +88,7 @@ class SeftLinear(nn.Linear):
             self.bias,
             self.seft_delta,
             self.seft_position,
-            self.seft_runtime.open_window(),
+            self.seft_runtime.open_sinks(),
             self.seft_runtime.not_finite,
         )
 

@@ -28,6 +28,8 @@ from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
 from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.attach import AttachedTarget
+from seft_ds.zero.dense_model import DenseModel
+from seft_ds.zero.exchanges import Exchanges
 from seft_ds.zero.guard import StepGuard, describe_batches
 from seft_ds.zero.weight_state import WeightState
 
@@ -44,6 +46,7 @@ class SparseEvolution:
         config: SeftConfig,
         ranks: Ranks,
         fingerprints: dict[str, str] | None = None,
+        dense: DenseModel | None = None,
     ):
         self.engine = engine
         self.config = config
@@ -56,6 +59,7 @@ class SparseEvolution:
             config.release, config.grow, config.prune, config.scope, config.nm, config.grow_among,
             config.adapt,
         )  # fmt: skip
+        self.exchanges = Exchanges(self.states, dense, config.scope, ranks)
         self.step = 0  # optimizer steps taken
         self.schedule: Schedule | None = None
         self.resumed_total_steps: int | None = None  # of the run that a checkpoint continues
@@ -99,6 +103,7 @@ class SparseEvolution:
             n_targets=len(self.states),
             waves=c.in_waves,
             replace_all_first=c.start == "gradient",
+            exchange=c.exchange if self.exchanges.states else 0.0,
         )
         if c.drop_fraction and not self.schedule.evolves and self.ranks.rank == 0:
             warnings.warn(
@@ -141,7 +146,11 @@ class SparseEvolution:
         for state in self.states:
             if state.window is not None:
                 state.window.discard_step() if scale is None else state.window.finish_step(scale)
+        self.exchanges.finish_step(applied)
         self._evolve(due, deltas)
+        rate = self.schedule.exchange_rate(self.step)
+        if rate is not None and (record := self.exchanges.run(rate)) is not None:
+            self._tell(kind="exchange", **record)
         self._open_windows()
         self._count_skipped(applied)
         if self.states[0].live_bits.is_cuda:
@@ -175,6 +184,8 @@ class SparseEvolution:
         for i, state in enumerate(self.states):
             if self.schedule.in_window(i, self.step + 1):
                 state.begin_window()
+        if self.schedule.in_exchange_window(self.step + 1):
+            self.exchanges.open()
 
     # Deltas into weights.
 
@@ -342,8 +353,8 @@ class SparseEvolution:
         if self.config.scope == "layer":
             wanted = [self.states[i].target.target_live for i in ready]
             assert counts == wanted, f"live counts {counts} after an event, wanted {wanted}"
-        else:
-            assert sum(counts) == sum(s.target.target_live for s in self.states)
+        else:  # all evolve together; an exchange has moved budgets between them
+            assert sum(counts) == sum(before)
 
     # What others ask for.
 

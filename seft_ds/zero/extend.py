@@ -11,6 +11,7 @@ from seft_ds.distributed.collectives import Ranks
 from seft_ds.optim.families import family_of
 from seft_ds.zero import optimizer_state
 from seft_ds.zero.attach import AttachedTarget
+from seft_ds.zero.dense_model import DenseModel
 from seft_ds.zero.engine import SparseEvolution
 
 
@@ -20,10 +21,11 @@ def extend(
     config: SeftConfig,
     ranks: Ranks,
     fingerprints: dict[str, str] | None = None,
+    dense: DenseModel | None = None,
 ) -> SparseEvolution:
     """Make a DeepSpeed engine run SEFT, in place; also reachable as `engine.seft`."""
     _refuse_untested(engine, attached)
-    seft = SparseEvolution(engine, attached, config, ranks, fingerprints)
+    seft = SparseEvolution(engine, attached, config, ranks, fingerprints, dense)
     engine.seft = seft
     seft.guard.watch(engine)
     take_step = engine._take_model_step

@@ -17,6 +17,7 @@ from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import Ranks, init_ranks
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.zero.attach import AttachedTarget, attach_slots
+from seft_ds.zero.dense_model import DenseModel, open_dense_model
 from seft_ds.zero.extend import extend
 from seft_ds.zero.fingerprint import model_fingerprints
 
@@ -39,6 +40,7 @@ class Attached:
     source_dir: str  # the pruned model's folder
     on_engine: list[Callable[[Any], None]]  # called with the engine once it runs SEFT
     fingerprints: dict[str, str]  # of every weight of the pruned model
+    dense: DenseModel | None = None
     engine: Any = None
 
 
@@ -51,12 +53,13 @@ def attach_model(
     ranks = init_ranks()
     agree(ranks, config.model_dump(), 'the "seft" settings')
     targets = attach_slots(model, config, ranks)
+    dense = open_dense_model(config, targets, ranks)
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if Path(source).is_dir():  # a later export may run in another directory
         source = str(Path(source).resolve())
     frozen = {n: p for n, p in model.named_parameters() if not n.endswith((DELTA, POSITION))}
     attached = Attached(
-        targets, config, ranks, source, on_engine, model_fingerprints(frozen, ranks)
+        targets, config, ranks, source, on_engine, model_fingerprints(frozen, ranks), dense
     )
     setattr(model, _ATTACHED, attached)
     _keep_inputs_differentiable(model)
@@ -179,7 +182,10 @@ def _watch_deepspeed_initialize() -> None:
         attached = find_attached(engine.module)
         # An engine without an optimizer (evaluation before training) has nothing to evolve.
         if attached is not None and hasattr(engine.optimizer, "param_groups"):
-            extend(engine, attached.targets, attached.config, attached.ranks, attached.fingerprints)
+            extend(
+                engine, attached.targets, attached.config, attached.ranks, attached.fingerprints,
+                attached.dense,
+            )  # fmt: skip
             attached.engine = engine
             for call in attached.on_engine:
                 call(engine)

@@ -13,13 +13,17 @@ import torch
 
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change
+from seft_ds.distributed.exchange import Exchange, Stakes
+from seft_ds.distributed.selection import gather_lists
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
+from seft_ds.sparse.curvature import Curvature, worth
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import Shard
 from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.attach import AttachedTarget
+from seft_ds.zero.dense_model import DenseModel
 
 
 @dataclass
@@ -68,6 +72,7 @@ class WeightState:
         self.touch(self.slots.position)
         self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
         self.window: Window | None = None
+        self.curvature: Curvature | None = None
         self.n_events = 0
         # Moments of fresh slots beyond what their 8-bit block holds, so far, of the slots optimized here.
         self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
@@ -105,13 +110,17 @@ class WeightState:
         return (position >= lo) & (position < hi)
 
     # What SeftLinear asks for.
-    def open_window(self) -> Window | None:
-        return self.window
+    def open_sinks(self) -> list[Window | Curvature]:
+        return [sink for sink in (self.window, self.curvature) if sink is not None]
 
     def begin_window(self) -> None:
         if self.window is None:
             device = self.live_bits.device
             self.window = Window(self.target.numel, self.multiple, self.ranks, device)
+
+    def begin_curvature(self) -> None:
+        if self.curvature is None:
+            self.curvature = Curvature(*self.target.shape, self.live_bits.device)
 
     def write_through(self, delta: torch.Tensor) -> None:
         """Put base + δ into the weight at this rank's slots. delta: fp32 (K,), all slots."""
@@ -168,6 +177,31 @@ class WeightState:
         self.n_events += 1
         self.fresh_slots = change.released_slot
         self.window = None
+
+    def stakes(self, dense: DenseModel) -> Stakes:
+        """This rank's view of the weight for an exchange. A weight comes back as it was in `dense`."""
+        assert self.curvature is not None and self.multiple == 1
+        lo, weight = shards.owned(self.weight, self.multiple, self.ranks)
+        device, live = self.live_bits.device, self.live()
+        before = dense.read(self.target.name, lo, lo + weight.numel()).to(weight.dtype)
+        value = torch.where(live, weight.to(device), before.to(device))
+        held = torch.zeros_like(live)
+        held[self.slots.position[self.slots.between(self.lo, self.hi)] - self.lo] = True
+        vectors = self.curvature.output, self.curvature.input
+        return Stakes(worth(value, lo, *vectors), live, held)
+
+    def exchange(self, change: Exchange, dense: DenseModel) -> None:
+        """Carry out a planned exchange: mask and weight. A collective where ranks hold whole weights."""
+        mask.put(self.live_bits, change.revived, True)
+        mask.put(self.live_bits, change.pruned, False)
+        revived, pruned = change.revived + self.lo, change.pruned + self.lo
+        self.touch(revived)
+        self.touch(pruned)
+        if not shards.is_partitioned(self.weight):
+            revived, pruned = gather_lists([revived, pruned], self.ranks)
+        before = dense.read(self.target.name, self.held_lo, self.held_hi)
+        shards.write(self.weight, revived, before[(revived - self.held_lo).cpu()], self.ranks)
+        shards.write(self.weight, pruned, torch.zeros_like(pruned), self.ranks)
 
     def _update_mask(self, change: Change) -> None:
         for position, live in [

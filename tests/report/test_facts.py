@@ -89,3 +89,19 @@ def test_names_split_into_layer_and_projection():
     assert split_name("model.layers.12.mlp.up_proj.weight") == (12, "mlp.up_proj")
     assert split_name("h.3.mlp.experts.11.w1") == (3, "mlp.experts.*.w1")
     assert split_name("lm_head.weight") == (None, "lm_head")
+
+
+def test_an_exchange_counts_as_an_event_of_each_weight_that_takes_part() -> None:
+    targets = [{"name": f"layers.{i}.q", "live": 10, "shape": [4, 5], "slots": 1} for i in (0, 1)]
+    run = {"kind": "run", "targets": targets, "config": {"seft": {"scope": "global"}}}
+    counts = {
+        "layers.0.q": {"revived": 3, "pruned": 0, "live": 13},
+        "layers.1.q": {"revived": 0, "pruned": 3, "live": 7},
+    }
+    exchange = {"kind": "exchange", "step": 3, "targets": counts, "seconds": 2.0, "bytes": 8}
+    facts = facts_of([run, exchange, {**exchange, "seconds": 4.0}])  # a resumed run tells it again
+    assert facts.event_seconds == 4.0 and len(facts.events) == 2
+    assert live_totals(facts) == (20, 20) and deviations(facts) == [(3, 0)]
+    assert churn(facts, "revived")[2] == [[30.0, 0.0]]
+    for broken in (None, [1], {"layers.0.q": 5}):
+        assert facts_of([run, {**exchange, "targets": broken}]).events == []

@@ -1,0 +1,62 @@
+"""What a single weight is worth to the loss, from two vectors a layer.
+
+For y = x Wᵀ one token's gradient of w_ij is dy_i · x_j. Taking the two factors as independent, its mean
+square is E[dy_i²] · E[x_j²]: the diagonal of a Kronecker-factored Fisher matrix (K-FAC, arXiv 1503.05671).
+Removing a weight of value w costs about w² times that, but for a factor that is the same everywhere
+(Optimal Brain Damage, LeCun et al. 1989, section 2), and a removed weight that comes back with the value
+that it had saves as much. Wanda's score |w| · ‖x_j‖ is the root of it without the factor of the output,
+and so can't compare rows or layers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Curvature:
+    """Σ dy² of each output and Σ x² of each input of one layer, over the tokens of a few steps.
+
+    `add` sums over this rank's micro-batches; `step_sums` is what the ranks then add up, in place, before
+    `finish_step`. So `output` and `input` are the same on every rank.
+    """
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device):
+        self.step_sums = torch.zeros(out_features + in_features, device=device)
+        self.output = torch.zeros(out_features, device=device)  # fp32 (out,)
+        self.input = torch.zeros(in_features, device=device)  # fp32 (in,)
+        self.steps = 0
+
+    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """One micro-batch. dy: (tokens, out); x: (tokens, in)."""
+        split = self.output.numel()
+        self.step_sums[:split] += _sum_of_squares(dy)
+        self.step_sums[split:] += _sum_of_squares(x)
+
+    def finish_step(self) -> None:
+        """Close one optimizer step, whose sums hold those of all ranks by now."""
+        split = self.output.numel()
+        self.output += self.step_sums[:split]
+        self.input += self.step_sums[split:]
+        self.steps += 1
+        self.step_sums.zero_()
+
+    def discard_step(self) -> None:
+        """Forget the step: the optimizer skipped it."""
+        self.step_sums.zero_()
+
+
+def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """fp32 (n,) over the rows of x (tokens, n), without an fp32 copy of it."""
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+
+
+def worth(weight: torch.Tensor, lo: int, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    """w² · output[row] · input[column] at the flat positions [lo, lo + n): fp32 (n,), at least 0.
+
+    weight: (n,), values at these positions; output: fp32 (out,); input: fp32 (in,).
+    """
+    columns, hi = input.numel(), lo + weight.numel()
+    first, last = lo // columns, -(-hi // columns)
+    product = torch.outer(output[first:last], input).view(-1)
+    product = product[lo - first * columns : hi - first * columns]
+    return product.mul(weight.float()).mul_(weight.float())

@@ -1,0 +1,95 @@
+"""Exchanges of a run: dead weights come back from the dense model and take the places of live ones.
+
+A few steps are measured (`sparse/curvature.py`), then all weights decide together
+(`distributed/exchange.py`). Weights with an N:M pattern take no part: there each group would have to pay for
+itself.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from seft_ds.distributed.collectives import Ranks
+from seft_ds.distributed.exchange import plan_exchange
+from seft_ds.sparse import mask
+from seft_ds.zero.dense_model import DenseModel
+from seft_ds.zero.weight_state import WeightState
+
+
+class Exchanges:
+    """Every method but `open` is a collective. Without a dense model nothing happens."""
+
+    def __init__(
+        self, states: list[WeightState], dense: DenseModel | None, scope: str, ranks: Ranks
+    ):
+        self.states = [s for s in states if dense is not None and s.target.pattern is None]
+        self._dense, self._ranks = dense, ranks
+        self._group = [i if scope == "layer" else 0 for i in range(len(self.states))]
+
+    def open(self) -> None:
+        """Measure from the next step on."""
+        for state in self.states:
+            state.begin_curvature()
+
+    def finish_step(self, applied: bool) -> None:
+        """Close the step where it is measured: one sum over the ranks, of two vectors a weight."""
+        measured = [c for s in self.states if (c := s.curvature) is not None]
+        if not measured:
+            return
+        if not applied:
+            for curvature in measured:
+                curvature.discard_step()
+            return
+        sums = self._ranks.sum_(torch.cat([c.step_sums for c in measured]))
+        parts = sums.split([c.step_sums.numel() for c in measured])
+        for curvature, part in zip(measured, parts, strict=True):
+            curvature.step_sums.copy_(part)
+            curvature.finish_step()
+
+    def run(self, rate: float) -> dict[str, Any] | None:
+        """Exchange up to `rate` of all positions; the journal's record, or None: nothing was measured."""
+        measured = all(s.curvature is not None and s.curvature.steps for s in self.states)
+        if not measured:  # every step of the window was skipped
+            self._close()
+            return None
+        assert self._dense is not None
+        started, bytes_before = time.perf_counter(), self._ranks.bytes
+        sizes = [0] * (self._group[-1] + 1)
+        for g, state in zip(self._group, self.states, strict=True):
+            sizes[g] += state.target.numel
+        most = [int(rate * n) for n in sizes]
+        stakes = [state.stakes(self._dense) for state in self.states]
+        changes, paying = plan_exchange(stakes, self._group, most, self._ranks)
+        del stakes
+        for state, change in zip(self.states, changes, strict=True):
+            state.exchange(change, self._dense)
+        self._close()
+        revived, pruned, live = self._totals(
+            [[c.revived.numel() for c in changes], [c.pruned.numel() for c in changes]]
+        )
+        assert sum(revived) == sum(pruned), "an exchange must not change the number of live weights"
+        names = [s.target.name for s in self.states]
+        return {
+            "exchanged": sum(revived),
+            "most": sum(most),
+            "paying": sum(paying),
+            "targets": {
+                name: {"revived": r, "pruned": p, "live": n}
+                for name, r, p, n in zip(names, revived, pruned, live, strict=True)
+            },
+            "seconds": time.perf_counter() - started,
+            "bytes": self._ranks.bytes - bytes_before,
+        }
+
+    def _close(self) -> None:
+        for state in self.states:
+            state.curvature = None
+
+    def _totals(self, counts: list[list[int]]) -> list[list[int]]:
+        """Counts of each weight over all ranks, and behind them the live positions. One sum."""
+        device = self.states[0].live_bits.device
+        rows = [*counts, [mask.count(s.live_bits) for s in self.states]]
+        return self._ranks.sum_(torch.tensor(rows, dtype=torch.int64, device=device)).tolist()

@@ -1,0 +1,48 @@
+"""Worths against the mean square gradients that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seft_ds.sparse.curvature import Curvature, worth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_the_tokens_of_finished_steps(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    curvature = Curvature(5, 3, torch.device("cpu"))
+    batches = [(torch.randn(7, 5, generator=g), torch.randn(7, 3, generator=g)) for _ in range(4)]
+    batches = [(dy.to(dtype), x.to(dtype)) for dy, x in batches]
+    for step, finished in [(batches[:2], True), (batches[2:3], False), (batches[3:], True)]:
+        for dy, x in step:
+            curvature.add(dy, x)
+        curvature.finish_step() if finished else curvature.discard_step()
+    kept = [batches[i] for i in (0, 1, 3)]
+    torch.testing.assert_close(curvature.output, sum(dy.float().square().sum(0) for dy, _ in kept))
+    torch.testing.assert_close(curvature.input, sum(x.float().square().sum(0) for _, x in kept))
+    assert curvature.steps == 2 and not curvature.step_sums.any()
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0, 15), (0, 4), (1, 2), (2, 13), (6, 9), (14, 15), (7, 7)])
+def test_worth_of_any_range(lo: int, hi: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    weight, output, input = (torch.randn(n, generator=g) for n in (15, 5, 3))
+    output, input, before = output.square(), input.square(), weight.clone()
+    found = worth(weight[lo:hi], lo, output, input)
+    for i, value in zip(range(lo, hi), found.tolist(), strict=True):
+        wanted = float(weight[i]) ** 2 * float(output[i // 3]) * float(input[i % 3])
+        assert value == pytest.approx(wanted, rel=1e-5)
+    assert torch.equal(weight, before) and found.dtype == torch.float32
+
+
+def test_it_is_the_mean_square_gradient_where_the_factors_are_independent() -> None:
+    g = torch.Generator().manual_seed(2)
+    dy = torch.randn(20_000, 3, generator=g) * torch.tensor([1.0, 3.0, 0.2])
+    x = torch.randn(20_000, 2, generator=g) * torch.tensor([2.0, 0.5])
+    curvature = Curvature(3, 2, torch.device("cpu"))
+    curvature.add(dy, x)
+    curvature.finish_step()
+    ones = worth(torch.ones(6), 0, curvature.output, curvature.input) / 20_000**2
+    exact = torch.stack([(dy[:, i] * x[:, j]).square().mean() for i in range(3) for j in range(2)])
+    torch.testing.assert_close(ones, exact, rtol=0.05, atol=0)
