@@ -79,11 +79,16 @@ class SeftConfig(BaseModel):
         "Sets scope to global and drop_fraction to 0 where they are not given.",
     )
     exchange: float = Field(
-        0.02,
+        0.05,
         gt=0,
         le=0.5,
-        description="With dense_model: share of the target weights' entries that the first exchange may "
-        "bring back; falls to 0 at stop (cosine).",
+        description="With dense_model: share of the target weights' entries that an exchange may bring back.",
+    )
+    exchanges: int = Field(
+        1,
+        ge=1,
+        le=_MOST,
+        description="How many exchanges, an interval apart, the first after the first window.",
     )
     pattern: str = Field("auto", description='N:M pattern: auto (from the zeros), none, or "2:4".')
     nm: Literal["swap", "fixed"] = Field("swap", description="N:M patterns evolve, or stay fixed.")
@@ -153,10 +158,10 @@ class SeftConfig(BaseModel):
                 'trainable "live" puts a slot on every live weight, so that none is left to prune and '
                 "nothing can evolve; set drop_fraction to 0"
             )
-        if self.dense_model is None and "exchange" in self.model_fields_set:
+        if self.dense_model is None and self.model_fields_set & {"exchange", "exchanges"}:
             raise ValueError(
-                "exchange brings pruned weights back with the values that they had: give dense_model, the "
-                "folder of the model before pruning, or leave exchange out"
+                "an exchange brings pruned weights back with the values that they had: give dense_model, the "
+                "folder of the model before pruning, or leave exchange and exchanges out"
             )
         if self.dense_model is not None and (self.trainable == "live" or not self.adapt):
             raise ValueError(

@@ -33,7 +33,8 @@ class Schedule:
     n_targets: int
     waves: bool = True
     replace_all_first: bool = False  # `start: gradient`
-    exchange: float = 0.0  # share of positions that the first exchange may move; 0: none
+    exchange: float = 0.0  # share of positions that an exchange may bring back; 0: there is none
+    exchanges: int = 1
 
     def phase(self, target: int) -> int:
         """Steps by which this weight's events are shifted: 0 ≤ phase < interval."""
@@ -75,11 +76,10 @@ class Schedule:
 
         The first comes as soon as its window is full, so that what it brings is trained for longest.
         """
-        own = step - self.window
-        if not self.exchange or step > self.stop_step or own < 0 or own % self.interval:
+        number, off = divmod(step - self.window, self.interval)
+        if off or not 0 <= number < self.exchanges or step > self.stop_step:
             return None
-        rate = self.exchange * 0.5 * (1 + math.cos(math.pi * step / self.stop_step))
-        return rate if rate > 0 else None
+        return self.exchange or None
 
     def in_exchange_window(self, step: int) -> bool:
         """Whether `step` is measured for an exchange."""

@@ -76,3 +76,17 @@ def test_waves_bound_how_many_windows_are_open() -> None:
 def test_no_events_with_a_drop_fraction_of_zero() -> None:
     s = make(drop_fraction=0.0)
     assert not any(s.due(t) for t in range(1, 101))
+
+
+def test_exchanges_come_after_the_first_window_and_then_an_interval_apart() -> None:
+    s = make(total_steps=100, interval=20, window=5, exchange=0.1, exchanges=3)
+    assert [(t, r) for t in range(1, 101) if (r := s.exchange_rate(t))] == [
+        (5, 0.1), (25, 0.1), (45, 0.1),
+    ]  # fmt: skip
+    measured = [t for t in range(1, 101) if s.in_exchange_window(t)]
+    assert measured == [*range(1, 6), *range(21, 26), *range(41, 46)]
+    late = make(total_steps=50, interval=20, window=5, exchange=0.1, exchanges=3)
+    assert [t for t in range(1, 51) if late.exchange_rate(t)] == [5, 25]  # stop is at 40
+    assert not any(
+        make(total_steps=100, interval=20, window=5).exchange_rate(t) for t in range(101)
+    )

@@ -104,6 +104,7 @@ class SparseEvolution:
             waves=c.in_waves,
             replace_all_first=c.start == "gradient",
             exchange=c.exchange if self.exchanges.states else 0.0,
+            exchanges=c.exchanges,
         )
         if c.drop_fraction and not self.schedule.evolves and self.ranks.rank == 0:
             warnings.warn(
