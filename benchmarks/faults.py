@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.blocks import put_block
 from benchmarks.fault_judge import is_whole, judge_end, judge_final, judge_resume, newest_whole
 from benchmarks.fault_kinds import DAMAGES, Fault, Kind, NoMount, mend, place_for
 from benchmarks.fault_session import Ended, Job, prepare, run_session
 
 STAGES = (0, 1, 2, 3)
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 # Kind, moment, the steps that ZeRO 0, 1, 2, 3 are struck at, and whether each rank has its turn. Events come
 # after steps 5 to 10, saves after 3, 6, 9 and 12.
@@ -295,19 +295,6 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def put_table(page: Path, text: str) -> None:
-    """Between the two markers of a Markdown file.
-
-    Raises:
-        ValueError: the file has not each of them once.
-    """
-    old = page.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{page} needs the lines {BEGIN} and {END}, once each and in this order")
-    before, after = old.split(BEGIN)[0], old.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="nearly each kind, once")
@@ -318,7 +305,7 @@ def main() -> int:
         f for f in (few_faults() if options.short else all_faults()) if options.only in str(f)
     ]
     if options.table:
-        put_table(options.table, "")  # before time is spent
+        put_block(options.table, "faults", "")  # before time is spent
     prepare()
     began = time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -327,7 +314,7 @@ def main() -> int:
     text = describe(command, time.monotonic() - began, outcomes)
     print(f"\n{text}")
     if options.table:
-        put_table(options.table, text)
+        put_block(options.table, "faults", text)
     lost = [o for o in outcomes if o.problems]
     if not lost:
         shutil.rmtree(home)

@@ -101,7 +101,7 @@ def commands(
         *deepspeed, "launch/finetune.py", "--config", "launch/recipes/smollm2_135m_cpu.yaml",
         "--model_name_or_path", pruned, "--train_file", inputs / "train.txt",
         "--output_dir", repaired, "--deepspeed", "ds_configs/zero3.json",
-        "--max_steps", size.steps, "--seft.interval", size.interval,
+        "--max_steps", size.steps, "--seft.dense_model", dense, "--seft.interval", size.interval,
         "--seft.window", min(5, size.interval), "--overwrite",
     ]  # fmt: skip
     return [
@@ -141,16 +141,12 @@ def summary(work: Path, size: Size) -> int:
         print(f"{name:<10} {perplexity[name]:>10.2f} {live:>14} {sparsity:>9}")
     moved = sum(t["changed_positions"] or 0 for t in after["targets"].values())
     share = perplexity["repaired"] / perplexity["pruned"]
-    same = {n: t["live"] for n, t in before["targets"].items()} == {
-        n: t["live"] for n, t in after["targets"].items()
-    }
-    print(
-        f"\nlive count of every weight unchanged: {'yes' if same else 'NO'}; {moved:,} positions moved"
-    )
+    same = before["live"] == after["live"]
+    print(f"\nlive weights unchanged: {'yes' if same else 'NO'}; {moved:,} positions moved")
     print(f"repaired perplexity is {share:.0%} of the pruned model's")
     print(f"model:  {work / 'repaired'}\nreport: {work / 'repaired' / 'report.html'}")
     if not same or share >= size.must_fall:
-        print(f"error: wanted the same live counts and under {size.must_fall:.0%}", file=sys.stderr)
+        print(f"error: wanted as many live weights and under {size.must_fall:.0%}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,14 +16,11 @@ from benchmarks.fault_judge import judge_end, judge_final
 from benchmarks.fault_kinds import DAMAGES, MOMENTS, Fault, Kind
 from benchmarks.fault_session import Ended, prepare
 from benchmarks.faults import (
-    BEGIN,
-    END,
     Outcome,
     References,
     all_faults,
     attempt,
     few_faults,
-    put_table,
     table,
 )
 
@@ -152,10 +149,3 @@ def test_the_table_counts_and_goes_between_its_markers(tmp_path: Path) -> None:
     )
     assert "| disk full | before a save, no room | not tried | not tried | not tried |" in text
     assert "| **3** | **2** | **1** |" in text
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    put_table(page, text)
-    assert page.read_text() == f"above\n{BEGIN}\n{text}\n{END}\nbelow\n"
-    page.write_text(f"{END}\n{BEGIN}\n")
-    with pytest.raises(ValueError, match="in this order"):
-        put_table(page, text)

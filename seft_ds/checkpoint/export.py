@@ -130,14 +130,21 @@ def versions() -> dict[str, str]:
 
 
 def about_run(
-    source: str | Path, steps: int, events: int, config: dict[str, Any]
+    source: str | Path, steps: int, changes: tuple[int, int], config: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the record of a repaired model says of the run. config: the "seft" block, as plain data."""
+    """What the record of a repaired model says of the run.
+
+    changes: (events, exchanges); config: the "seft" block, as plain data.
+    """
+    events, exchanges = changes
+    if config.get("dense_model") is not None:  # where it lay is nobody's business
+        config = {**config, "dense_model": Path(config["dense_model"]).name}
     return {
         "method": "seft",
         "base_model": str(source),
         "steps": steps,
         "events": events,
+        "exchanges": exchanges,
         "scope": config.get("scope", "layer"),
         "seft": config,
         "versions": versions(),

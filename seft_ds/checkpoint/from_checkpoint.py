@@ -58,7 +58,7 @@ def export_checkpoint(
         layout=_layout(meta, base),
         targets=_target_infos(pieces, base),
         source_dir=source,
-        about=about_run(source, meta.step, meta.n_events, meta.config),
+        about=about_run(source, meta.step, (meta.n_events, meta.n_exchanges), meta.config),
     )
 
 

@@ -113,6 +113,7 @@ class CheckpointMeta(_Plain):
     source_dir: str = Field(max_length=4096)
     config: dict[str, Any]
     n_events: int = Count
+    n_exchanges: int = Count
     event_seconds: float = Field(ge=0)
     event_bytes: int = Count
     skipped_steps: int = Count

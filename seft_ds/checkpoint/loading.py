@@ -51,6 +51,7 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
     restore_engine(seft.engine, engine_state)
     seft.step = meta.step
     seft.resumed_total_steps = meta.total_steps
+    seft.n_exchanges = meta.n_exchanges
     seft.n_events, seft.event_seconds, seft.event_bytes = (
         meta.n_events,
         meta.event_seconds,

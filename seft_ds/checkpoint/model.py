@@ -36,9 +36,9 @@ def save_model(
     named = dict(model_tensors(engine.module))
     layout = [TensorInfo(n, shards.shape_of(p), p.dtype) for n, p in named.items()]
     targets = _target_infos(seft)
-    facts = about_run(source_dir, seft.step, seft.n_events, seft.config.model_dump()) | (
-        about or {}
-    )
+    facts = about_run(
+        source_dir, seft.step, (seft.n_events, seft.n_exchanges), seft.config.model_dump()
+    ) | (about or {})
     gathered = ((n, shards.gather_whole(p, seft.ranks)) for n, p in named.items())
     return write_on_first(
         seft.ranks, gathered, gathered, output_dir, layout=layout, targets=targets, source_dir=source_dir,

@@ -209,6 +209,7 @@ def _meta(
         source_dir=source_dir,
         config=seft.config.model_dump(),
         n_events=seft.n_events,
+        n_exchanges=seft.n_exchanges,
         event_seconds=seft.event_seconds,
         event_bytes=seft.event_bytes,
         skipped_steps=seft.skipped_steps,

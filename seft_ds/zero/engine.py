@@ -74,6 +74,7 @@ class SparseEvolution:
         )
         self.listeners: list[Callable[[dict], None]] = []  # called with each journal record
         self.n_events = 0
+        self.n_exchanges = 0
         self.event_seconds = 0.0
         self.event_bytes = 0
         for state in self.states:
@@ -151,6 +152,7 @@ class SparseEvolution:
         self._evolve(due, deltas)
         rate = self.schedule.exchange_rate(self.step)
         if rate is not None and (record := self.exchanges.run(rate)) is not None:
+            self.n_exchanges += 1
             self._tell(kind="exchange", **record)
         self._open_windows()
         self._count_skipped(applied)

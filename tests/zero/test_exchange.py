@@ -115,10 +115,12 @@ def test_counts_values_and_the_same_choice_on_any_ranks(home: Path) -> None:
         first = runs[0]
         assert first["moved"] > 0
         for other in runs[1:]:
+            if way[1]:  # bf16 rounds sums of another order differently, and the worths with them
+                assert other["exchanged"] == pytest.approx(first["exchanged"], rel=0.05), way
+                continue
             assert other["exchanged"] == first["exchanged"], way
             for a, b in zip(first["live"], other["live"], strict=True):
-                # bf16 rounds sums of another order differently; in fp32 it is the same set
-                assert torch.equal(a, b) or way[1], way
+                assert torch.equal(a, b), way
 
 
 def resumed(home: Path, folder: str, base: str) -> list[str]:

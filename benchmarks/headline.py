@@ -1,0 +1,87 @@
+"""Put the results of benchmarks/repair.py into the README and docs/results.md.
+
+    python benchmarks/headline.py
+
+reads docs/results/repair.csv and repair.md, which repair.py writes (`--csv --table --figure`), and fills the
+blocks "repair" of both pages. A test compares the pages with what this would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.blocks import put_block
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+# What a reader of the README wants to know of each method, in its own words.
+WHAT = {
+    "seft": "**SEFT**, dense model at hand",
+    "seft_alone": "SEFT without it",
+    "fixed": "the same slots all run",
+    "random_grow": "slots grown at random",
+    "spiel": "SpIEL",
+    "masked_full": "all live weights train",
+    "lora": "LoRA, merged",
+    "lora_pruned": "LoRA, merged and pruned back",
+    "spp": "SPP",
+    "sqft": "SQFT (SparsePEFT)",
+}
+TEXT = "wikitext2"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.parse_args(argv)
+    for page, text in pages().items():
+        put_block(page, "repair", text)
+
+
+def pages() -> dict[Path, str]:
+    """What stands in the block of each page."""
+    with open(RESULTS / "repair.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    full = (RESULTS / "repair.md").read_text(encoding="utf-8").strip()
+    figure = "![perplexity by method]({}repair.png)"
+    return {
+        ROOT / "README.md": headline(rows) + "\n\n" + figure.format("docs/results/"),
+        ROOT / "docs" / "results.md": full + "\n\n" + figure.format("results/"),
+    }
+
+
+def headline(rows: list[dict[str, str]]) -> str:
+    """A short table: of each model the methods from the best to the worst."""
+    lines = [
+        "| | weights that train | sparsity after | perplexity, WikiText-2 | gap closed |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        ends = [row for row in mine if row["method"] in ("dense", "pruned")]
+        methods = [row for row in mine if row["method"] not in ("dense", "pruned")]
+        for row in [*ends, *sorted(methods, key=lambda row: float(row[TEXT]))]:
+            lines.append(_line(row, model))
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, str], model: str) -> str:
+    if row["method"] in ("dense", "pruned"):
+        name = f"{row['method']} ({model})" if row["method"] == "pruned" else "dense"
+        return f"| {name} | | | {float(row[TEXT]):.2f} | |"
+    spread = f" ± {float(row[f'{TEXT}_std']):.2f}" if row.get(f"{TEXT}_std") else ""
+    cells = [
+        WHAT.get(row["method"], row["method"]),
+        f"{int(row['trainable']):,}",
+        f"{float(row['sparsity']):.2%}",
+        f"{float(row[TEXT]):.2f}{spread}",
+        f"{float(row['gap_closed']):.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

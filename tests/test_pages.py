@@ -1,0 +1,34 @@
+"""Parts of the pages that scripts write are what those scripts would write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import headline
+from benchmarks.blocks import put_block, split_at_block
+
+
+def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    begin, end = "<!-- x: begin -->", "<!-- x: end -->"
+    page.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
+    put_block(page, "x", "new\nlines")
+    assert page.read_text() == f"above\n{begin}\nnew\nlines\n{end}\nbelow\n"
+    assert split_at_block(page, "x")[1] == "new\nlines"
+    for broken in (f"{end}\n{begin}\n", f"{begin}\n", f"{begin}\n{begin}\n{end}\n"):
+        page.write_text(broken)
+        with pytest.raises(ValueError, match="in this order"):
+            put_block(page, "x", "text")
+
+
+def test_the_pages_show_the_results_that_are_in_the_files() -> None:
+    for page, text in headline.pages().items():
+        assert split_at_block(page, "repair")[1] == text, (
+            f"run python benchmarks/headline.py ({page.name})"
+        )
+    lines = [
+        line for line in headline.pages()[headline.ROOT / "README.md"].splitlines() if "%" in line
+    ]
+    assert len(lines) >= 4
