@@ -31,10 +31,13 @@ class Method:
     prunes_again: bool = False  # after the merge
 
 
+# Exchanges are SEFT's: what it is compared with keeps, or evolves, the zeros that it was given.
+_NO_EXCHANGE = {"dense_model": None}
+
 METHODS: dict[str, Method] = {
     "seft": Method("slots that evolve at fixed sparsity (arXiv 2505.24037)"),
-    "fixed": Method("the same random live slots all run", {"drop_fraction": 0.0}),
-    "random_grow": Method("slots evolve, grown at random", {"grow": "random"}),
+    "fixed": Method("the same random live slots all run", {"drop_fraction": 0.0, **_NO_EXCHANGE}),
+    "random_grow": Method("slots evolve, grown at random", {"grow": "random", **_NO_EXCHANGE}),
     # As its authors' code: one replacement of all slots after the first window, the shares of each weight
     # apart, dropped deltas forgotten. It scores all positions where that code keeps a pool of candidates.
     "spiel": Method(
@@ -46,10 +49,12 @@ METHODS: dict[str, Method] = {
             "start": "gradient",
             "pattern": "none",
             "scope": "layer",
+            **_NO_EXCHANGE,
         },
     ),  # fmt: skip
     "masked_full": Method(
-        "every live weight trains, zeros held", {"trainable": "live", "drop_fraction": 0.0}
+        "every live weight trains, zeros held",
+        {"trainable": "live", "drop_fraction": 0.0, **_NO_EXCHANGE},
     ),
     "lora": Method("LoRA, merged: fills the zeros (arXiv 2106.09685)", adapter="lora"),
     "lora_pruned": Method(

@@ -64,7 +64,10 @@ def accept(argv: list[str], ranks: ProcessRanks) -> Job:
     if method.distill:
         teacher = all_or_none(ranks, partial(model_folder, method.distill))
         all_or_none(ranks, partial(check_teacher, teacher, folder))
-    check_agreement(arguments, [f for f in (folder, teacher) if f is not None], ranks)
+    dense = (arguments.deepspeed.get("seft") or {}).get("dense_model")
+    if dense is not None:
+        dense = all_or_none(ranks, partial(dense_folder, dense))
+    check_agreement(arguments, [f for f in (folder, teacher, dense) if f is not None], ranks)
     check_batch_sizes(arguments.deepspeed, ranks.size)
     lock = RunLock()
     all_or_none(ranks, lambda: take_own(output, arguments, lock, ranks))
@@ -74,6 +77,19 @@ def accept(argv: list[str], ranks: ProcessRanks) -> Job:
         rows = run.per_device_train_batch_size * run.gradient_accumulation_steps * ranks.size
         all_or_none(ranks, lambda: check_batch(checkpoint, rows))
     return Job(arguments, ranks, folder, output, checkpoint, lock, teacher)
+
+
+def dense_folder(name: str) -> Path:
+    """The folder that `dense_model` names; what is in it is looked at when the targets are known.
+
+    Raises:
+        ValueError: it is no folder of a whole model. A hub's name is not looked up.
+    """
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"--seft.dense_model {name}: no such folder; give the folder of the model before it was pruned"
+        )
+    return model_folder(name)
 
 
 def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRanks) -> None:

@@ -70,7 +70,8 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: Pa
             f"--output_dir {output} is not empty ({found}); continue a run that has checkpoints with "
             "--resume auto, replace it with --overwrite, or give another folder"
         )
-    files = (data.train_file, data.validation_file, arguments.method.distill)
+    dense = (arguments.deepspeed.get("seft") or {}).get("dense_model")
+    files = (data.train_file, data.validation_file, arguments.method.distill, dense)
     used = [model, Path.cwd(), *(Path(f) for f in files if f)]
     for path in used:
         if path.resolve().is_relative_to(output.resolve()):

@@ -30,6 +30,7 @@ def test_every_methods_settings_are_a_seft_block() -> None:
         ("spiel", {"release": "fold"}, "means release = revert"),
         ("masked_full", {"density": 0.1}, "trains every live weight"),
         ("masked_full", {"trainable": "rank=4"}, "means trainable = live"),
+        ("fixed", {"dense_model": "dense"}, "means dense_model = None"),
         ("lora", {"interval": 20}, "has no slots"),
         ("spp", {"density": 0.1}, "has no slots"),
         ("adalora", {}, "wanted one of"),
@@ -41,7 +42,8 @@ def test_contradictions_are_refused(name: str, chosen: dict[str, Any], said: str
 
 
 def test_what_agrees_is_not_refused() -> None:
-    assert fixed_settings("fixed", {"drop_fraction": 0, "window": 3}) == {"drop_fraction": 0.0}
+    fixed = fixed_settings("fixed", {"drop_fraction": 0, "window": 3})
+    assert fixed == {"drop_fraction": 0.0, "dense_model": None}
     assert fixed_settings("lora", {"trainable": "rank=4", "targets": ["q_proj"]}) == {}
 
 
@@ -73,10 +75,14 @@ def parsed(folder: Path, *flags: str, seft: dict | None = None, recipe: str = ""
 def test_the_method_stands_in_the_seft_block(tmp_path: Path) -> None:
     recipe = "seft:\n  density: 0.0115\n  drop_fraction: 0.1\n"
     arguments = parsed(tmp_path, "--method", "fixed", "--trainable", "rank=4", recipe=recipe)
-    assert arguments.deepspeed["seft"] == {"drop_fraction": 0.0, "trainable": "rank=4"}
+    assert arguments.deepspeed["seft"] == {
+        "drop_fraction": 0.0,
+        "trainable": "rank=4",
+        "dense_model": None,
+    }
     assert arguments.method.method == "fixed"
     arguments = parsed(tmp_path, "--method=masked_full", recipe=recipe, seft={"density": 0.3})
-    assert arguments.deepspeed["seft"] == {"drop_fraction": 0.0, "trainable": "live"}
+    assert arguments.deepspeed["seft"] == METHODS["masked_full"].settings
     arguments = parsed(tmp_path, "--method", "lora", "--trainable", "rank=4", recipe=recipe)
     assert arguments.deepspeed["seft"] == {"drop_fraction": 0.1, "trainable": "rank=4"}
     assert parsed(tmp_path, recipe=recipe).method.method == "seft"

@@ -147,6 +147,29 @@ def test_resume_continues_to_the_same_model(home: Path, finished: Path) -> None:
     assert all(torch.equal(final[n], again[n]) for n in final)
 
 
+def test_weights_come_back_from_the_dense_model(home: Path) -> None:
+    done = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "back",
+        "--max_steps", "6", "--seft.dense_model", str(home / "dense"), "--seft.window", "2", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verify(home / "back").ok
+    before, after = (
+        json.loads((home / d / "sparsity.json").read_text()) for d in ("pruned", "back")
+    )
+    assert after["live"] == before["live"] and after["scope"] == "global"
+    assert (after["events"], after["exchanges"]) == (0, 1)
+    assert after["seft"]["dense_model"] == "dense"  # its name, not where it lay
+    lines = [json.loads(line) for line in (home / "back/journal.jsonl").read_text().splitlines()]
+    (exchange,) = [line for line in lines if line["kind"] == "exchange"]
+    assert exchange["step"] == 2 and exchange["exchanged"] > 0
+    again = finetune(
+        home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "dense",
+        "--seft.dense_model", str(home / "dense"), "--overwrite", "true", "--max_steps", "6",
+    )  # fmt: skip
+    assert again.returncode == 2 and "which this run needs" in again.stderr
+
+
 BAD = {
     "dense model": (["--model_name_or_path", "dense"], "nothing to repair"),
     "no weights": (["--model_name_or_path", "empty"], "holds no weights"),
@@ -159,6 +182,9 @@ BAD = {
     "unknown setting": (["--seft.intervall", "20"], "did you mean 'interval'"),
     "no ZeRO section": (["--deepspeed", "nozero.json"], 'no "zero_optimization" section'),
     "batch size": (["--deepspeed", "batch7.json"], "can't be had on 1 ranks"),
+    "no dense model": (["--seft.dense_model", "none"], "no such folder"),
+    "not dense": (["--seft.dense_model", "pruned"], "is pruned itself"),
+    "exchange alone": (["--seft.exchange", "0.1"], "give dense_model"),
     "unknown flag": (["--learning_rat", "1"], "learning_rat"),
 }
 
