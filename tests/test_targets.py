@@ -43,3 +43,9 @@ def test_names() -> None:
     assert matches("model.layers.3.self_attn.q_proj", ["q_proj"])
     assert matches("model.layers.3.mlp.up_proj", ["layers.3.mlp.up_proj"])
     assert not matches("model.layers.3.self_attn.q_proj", ["proj"])
+
+
+def test_all_live_weights_get_a_slot_each_where_their_shares_differ() -> None:
+    ts = [Target("a", (8, 8), 32), Target("b", (8, 8), 29), Target("c", (4, 4), 7)]
+    assign_slots(ts, total_slots(ts, 0.01, "live"))
+    assert [t.n_slots for t in ts] == [32, 29, 7]
