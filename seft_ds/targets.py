@@ -62,8 +62,9 @@ def total_slots(targets: list[Target], density: float, trainable: int | str | No
 def assign_slots(targets: list[Target], total: int) -> None:
     """Split `total` slots in proportion to the weights' sizes, exactly, at least one each.
 
-    As many as there are live entries (`trainable: "live"`) means all of them, whatever the sizes. Largest remainders first, ties to the earlier weight. ValueError if a weight would get more slots
-    than it has live entries.
+    As many as there are live entries (`trainable: "live"`) means all of them, whatever the sizes. Else
+    largest remainders first, ties to the earlier weight. ValueError if a weight would get more slots than
+    it has live entries.
     """
     total = max(total, len(targets))
     if total == sum(t.target_live for t in targets):
