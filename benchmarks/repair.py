@@ -48,6 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     runner = in_fork if options.fork else in_subprocess
     work = Path(options.work)
     data = read_grid(Path(options.grid))
+    if options.report:
+        if data.get("prune") or data.get("tiny"):
+            raise ValueError("--report is for grids that name their models; leave it out")
+        report(build_grid(data, check_files=False), work, options)
+        return
     with_inputs(data, work, runner)
     grid = build_grid(data)
     if options.fork and (grid.launcher or torch.cuda.is_available()):
@@ -68,6 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", help="default: WORK/table.csv")
     parser.add_argument("--figure", help="PNG file; default: WORK/table.png")
     parser.add_argument("--keep_models", action="store_true", help="of finished cells")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: tables of what is there"
+    )
     parser.add_argument("--fork", action="store_true", help="pay imports once: one rank, CPU")
     return parser.parse_args(argv)
 
@@ -140,9 +148,9 @@ def run_grid(grid: Grid, work: Path, runner: Runner, keep_models: bool) -> list[
 
 
 def measured_in(kind: str, folder: str, grid: Grid) -> str:
-    """Where a model's own perplexities are: one place, however many names of the grid mean that folder."""
+    """Where a model's own perplexities are: one place for all rows of the grid, the same on any machine."""
     texts = [str(text) for text in (grid.validation, *grid.texts)]
-    digest = hashlib.sha256(repr([os.path.realpath(folder), *texts]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr([os.path.normpath(folder), *texts]).encode()).hexdigest()[:8]
     return f"{kind}/{Path(folder).name}-{digest}"
 
 

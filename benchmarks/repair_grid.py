@@ -168,8 +168,10 @@ def read_grid(path: Path) -> dict[str, Any]:
     return data
 
 
-def build_grid(data: dict[str, Any]) -> Grid:
+def build_grid(data: dict[str, Any], check_files: bool = True) -> Grid:
     """A checked grid; what `prune` and `tiny` make has been added to its models.
+
+    check_files: whether what it names has to be there.
 
     Raises:
         ValueError: something is missing, doubled or not there.
@@ -208,7 +210,8 @@ def build_grid(data: dict[str, Any]) -> Grid:
         launcher=str(data.get("launcher") or ""),
         env=environment(data),
     )
-    _check_files(grid)
+    if check_files:
+        _check_files(grid)
     return grid
 
 

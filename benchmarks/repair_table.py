@@ -91,7 +91,7 @@ def _row(
     minutes = [c["train_seconds"] / 60 for c in cells]
     measured: dict[str, list[float]] = {"sparsity": [c["sparsity"] for c in cells]}
     measured |= {text: [c["perplexity"][text] for c in cells] for text in texts}
-    if "dense" in known:
+    if "dense" in known and "pruned" in known:
         gaps = [
             gap_closed(
                 *(r["perplexity"][texts[0]] for r in (known["pruned"], cell, known["dense"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import headline
+from benchmarks import headline, repair
 from benchmarks.blocks import put_block, split_at_block
 
 
@@ -32,3 +32,16 @@ def test_the_pages_show_the_results_that_are_in_the_files() -> None:
         line for line in headline.pages()[headline.ROOT / "README.md"].splitlines() if "%" in line
     ]
     assert len(lines) >= 4
+
+
+def test_the_results_are_those_of_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(headline.ROOT)  # the table names its grid as it was given
+    table, numbers = tmp_path / "repair.md", tmp_path / "repair.csv"
+    repair.main(
+        ["benchmarks/grids/smollm2_cpu.yaml", "--work", "docs/results/runs", "--report", "--table", str(table),
+         "--csv", str(numbers), "--figure", str(tmp_path / "repair.png")]
+    )  # fmt: skip
+    for made in (table, numbers):
+        assert made.read_text() == (headline.RESULTS / made.name).read_text(), made.name
