@@ -2,8 +2,9 @@
 
     python benchmarks/headline.py
 
-reads docs/results/repair.csv and repair.md, which repair.py writes (`--csv --table --figure`), and fills the
-blocks "repair" of both pages. A test compares the pages with what this would write.
+reads docs/results/repair.csv and repair.md, which repair.py writes of the grid smollm2_cpu.yaml (`--csv
+--table --figure`), and pruners.md, of smollm2_pruners.yaml, and fills the blocks of both pages. A test
+compares the pages with what this would write.
 """
 
 from __future__ import annotations
@@ -37,20 +38,24 @@ TEXT = "wikitext2"
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.parse_args(argv)
-    for page, text in pages().items():
-        put_block(page, "repair", text)
+    for page, name, text in blocks():
+        put_block(page, name, text)
 
 
-def pages() -> dict[Path, str]:
-    """What stands in the block of each page."""
+def blocks() -> list[tuple[Path, str, str]]:
+    """(page, block, what stands in it)."""
     with open(RESULTS / "repair.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    full = (RESULTS / "repair.md").read_text(encoding="utf-8").strip()
+    full, pruners = (
+        (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
+        for name in ("repair", "pruners")
+    )
     figure = "![perplexity by method]({}repair.png)"
-    return {
-        ROOT / "README.md": headline(rows) + "\n\n" + figure.format("docs/results/"),
-        ROOT / "docs" / "results.md": full + "\n\n" + figure.format("results/"),
-    }
+    return [
+        (ROOT / "README.md", "repair", headline(rows) + "\n\n" + figure.format("docs/results/")),
+        (ROOT / "docs/results.md", "repair", full + "\n\n" + figure.format("results/")),
+        (ROOT / "docs/results.md", "pruners", pruners),
+    ]
 
 
 def headline(rows: list[dict[str, str]]) -> str:
