@@ -61,8 +61,8 @@ def blocks() -> list[tuple[Path, str, str]]:
 def headline(rows: list[dict[str, str]]) -> str:
     """A short table: of each model the methods from the best to the worst."""
     lines = [
-        "| | weights that train | sparsity after | perplexity, WikiText-2 | gap closed |",
-        "|---|--:|--:|--:|--:|",
+        "| | weights that train | sparsity after | perplexity, WikiText-2 | gap closed | seeds |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
@@ -76,7 +76,7 @@ def headline(rows: list[dict[str, str]]) -> str:
 def _line(row: dict[str, str], model: str) -> str:
     if row["method"] in ("dense", "pruned"):
         name = f"{row['method']} ({model})" if row["method"] == "pruned" else "dense"
-        return f"| {name} | | | {float(row[TEXT]):.2f} | |"
+        return f"| {name} | | | {float(row[TEXT]):.2f} | | |"
     spread = f" ± {float(row[f'{TEXT}_std']):.2f}" if row.get(f"{TEXT}_std") else ""
     cells = [
         WHAT.get(row["method"], row["method"]),
@@ -84,6 +84,7 @@ def _line(row: dict[str, str], model: str) -> str:
         f"{float(row['sparsity']):.2%}",
         f"{float(row[TEXT]):.2f}{spread}",
         f"{float(row['gap_closed']):.1%}",
+        row["seeds"],
     ]
     return f"| {' | '.join(cells)} |"
 

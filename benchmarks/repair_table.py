@@ -150,7 +150,7 @@ def draw(path: Path, rows: list[Record], text: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     most = max(sum(row["model"] == m for row in rows) for m in models)
@@ -173,6 +173,9 @@ def draw(path: Path, rows: list[Record], text: str) -> None:
                     ha="center", fontsize=8, color="0.4",
                 )  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_xlabel(f"perplexity, {text}")
         axis.set_title(model, pad=16, fontsize=10)
     figure.tight_layout()
