@@ -31,7 +31,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from torch import nn
 
-from benchmarks.faults import cpu_name
+from benchmarks.hardware import cpu_name
 from seft_ds.evaluate.perplexity import measure, read_text, windows_of
 from seft_ds.sparse.curvature import Curvature, worth
 from seft_ds.targets import Target

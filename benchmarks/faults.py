@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import shlex
 import shutil
 import statistics
@@ -39,6 +38,7 @@ from benchmarks.blocks import put_block
 from benchmarks.fault_judge import is_whole, judge_end, judge_final, judge_resume, newest_whole
 from benchmarks.fault_kinds import DAMAGES, Fault, Kind, NoMount, mend, place_for
 from benchmarks.fault_session import Ended, Job, prepare, run_session
+from benchmarks.hardware import cpu_name
 
 STAGES = (0, 1, 2, 3)
 
@@ -285,14 +285,6 @@ def describe(command: str, seconds: float, outcomes: list[Outcome]) -> str:
         f"{table(outcomes)}\n\n`{command}`, {seconds:.0f} seconds on {cores} cores of an {cpu_name()}, gloo, "
         f"Python {platform.python_version()}, {versions}, {time.strftime('%-d %B %Y')}."
     )
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hardware import cpu_name
 from benchmarks.repair_grid import Cell, Grid, Text
 from seft_ds.checkpoint.export import versions
 from seft_ds.errors import RunError
@@ -192,14 +193,6 @@ def circumstances(ended: list[Ended]) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), "")
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:

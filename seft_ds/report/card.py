@@ -76,8 +76,8 @@ def _table(sparsity: dict[str, Any]) -> list[str]:
 def _training(facts: Facts) -> list[str]:
     (first, start), (last, end) = facts.losses[0], facts.losses[-1]
     text = f"Training loss {start:.4g} at step {first:,}, {end:.4g} at step {last:,}"
-    events = f"; {len(facts.events):,} evolution events" if facts.events else ""
-    lines = ["## Fine-tuning", "", f"{text}{events}.", ""]
+    changes = f"; {facts.changes('evolution event')}" if facts.events else ""
+    lines = ["## Fine-tuning", "", f"{text}{changes}.", ""]
     for record in facts.evals[-5:]:
         if record.get("value") is not None:
             lines.append(

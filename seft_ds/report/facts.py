@@ -34,6 +34,13 @@ class Facts:
     def last_step(self) -> int:
         return max((int(s["step"]) for s in self.steps), default=0)
 
+    def changes(self, event: str) -> str:
+        """How often the topology changed, in words; "" if it never did. event: the word for an event."""
+        exchanges = len({e["step"] for e in self.events if "exchange" in e})
+        events = sum("exchange" not in e for e in self.events)
+        counts = [(events, event), (exchanges, "exchange")]
+        return ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for n, what in counts if n)
+
     @property
     def event_seconds(self) -> float:
         return sum(number(e.get("seconds")) for e in self.events)
@@ -98,7 +105,7 @@ def _as_events(exchange: dict[str, Any]) -> list[dict[str, Any]]:
     found = targets if isinstance(targets, dict) else {}
     share = {key: number(exchange.get(key)) / max(len(found), 1) for key in ("seconds", "bytes")}
     return [
-        {"step": exchange["step"], "target": name, **counts, **share}
+        {**counts, **share, "step": exchange["step"], "target": name, "exchange": True}
         for name, counts in found.items()
         if isinstance(counts, dict)
     ]

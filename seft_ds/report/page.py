@@ -161,11 +161,21 @@ def _time_cells(facts: Facts) -> list[Cell]:
     speed = f"{tokens / facts.seconds:,.0f} tokens/s" if tokens and facts.seconds else ""
     share = 100 * facts.event_seconds / facts.seconds if facts.seconds else 0.0
     each = facts.event_bytes / max(len(facts.events), 1)
-    events = f"{len(facts.events):,} events" if len(facts.events) != 1 else "1 event"
+    spent = duration(facts.event_seconds)
     return [
         ("Time", duration(facts.seconds), f"{facts.last_step:,} steps, {speed}".rstrip(", "), ""),
-        ("Time in events", f"{share:.1f} %", f"{duration(facts.event_seconds)}, {events}", ""),
-        ("Traffic of events", size_text(facts.event_bytes), f"{size_text(each)} an event", ""),
+        (
+            "Time in events",
+            f"{share:.1f} %",
+            f"{spent}, {facts.changes('event') or '0 events'}",
+            "",
+        ),
+        (
+            "Traffic of events",
+            size_text(facts.event_bytes),
+            f"{size_text(each)} an event",
+            "",
+        ),
     ]
 
 

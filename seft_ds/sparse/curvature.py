@@ -59,4 +59,5 @@ def worth(weight: torch.Tensor, lo: int, output: torch.Tensor, input: torch.Tens
     first, last = lo // columns, -(-hi // columns)
     product = torch.outer(output[first:last], input).view(-1)
     product = product[lo - first * columns : hi - first * columns]
-    return product.mul(weight.float()).mul_(weight.float())
+    value = weight.float()
+    return product.mul(value).mul_(value)

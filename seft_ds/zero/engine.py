@@ -22,7 +22,6 @@ import torch
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change, EventSettings, plan
-from seft_ds.distributed.selection import gather_lists
 from seft_ds.errors import RunError
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
@@ -31,6 +30,7 @@ from seft_ds.zero.attach import AttachedTarget
 from seft_ds.zero.dense_model import DenseModel
 from seft_ds.zero.exchanges import Exchanges
 from seft_ds.zero.guard import StepGuard, describe_batches
+from seft_ds.zero.invariants import check_invariants
 from seft_ds.zero.weight_state import WeightState
 
 _GATHER_SLOTS = 1 << 24  # slots whose deltas are gathered at a time: bounds the transient memory
@@ -111,6 +111,13 @@ class SparseEvolution:
             warnings.warn(
                 f"no evolution event fits into {total_steps} steps with interval "
                 f"{self.schedule.interval} and stop {c.stop}: the slots will train where they are",
+                stacklevel=2,
+            )
+        no_room = self.exchanges.states and self.schedule.exchange_rate(c.window) is None
+        if no_room and self.ranks.rank == 0:
+            warnings.warn(
+                f"no exchange fits into {total_steps} steps with window {c.window} and stop {c.stop}: "
+                "nothing will come back from the dense model; lower window, or take more steps",
                 stacklevel=2,
             )
         self._open_windows()
@@ -384,48 +391,5 @@ class SparseEvolution:
         return mask.pack(whole.bool()).cpu()
 
     def check(self) -> None:
-        """Check invariants A to C on every target. Raises RuntimeError naming the weight.
-
-        Reads the shards themselves, not the placeholders that ZeRO-3 leaves in the modules. A few small
-        collectives, and one gather of all slot positions.
-        """
-        problems = []
-        positions = self._gather_positions()
-        counts = []
-        for state, position in zip(self.states, positions, strict=True):
-            name = state.target.name
-            _, values = shards.owned(state.weight, state.multiple, self.ranks)
-            live = state.live()
-            dead = values[~live.to(values.device)]
-            if bool((dead != 0).any()) or bool(torch.signbit(dead).any()):
-                problems.append(f"{name}: a dead position is not +0.0")
-            at = state.slots.position[state.slots.between(state.lo, state.hi)]
-            if not bool(live[at - state.lo].all()):
-                problems.append(f"{name}: a slot sits on a dead position")
-            if at.unique().numel() != at.numel():
-                problems.append(f"{name}: two slots share a position")
-            # What the forward pass takes gradients for has to be what the deltas are written to.
-            if not torch.equal(position[state.slots.slot], state.slots.position):
-                problems.append(f"{name}: slot positions and slot table differ")
-            counts += [mask.count(state.live_bits), at.numel()]
-        device = self.states[0].live_bits.device
-        totals = self.ranks.sum_(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
-        live_counts, slots = totals[0::2], totals[1::2]
-        wanted = [s.target.target_live for s in self.states]
-        per_weight = self.config.scope == "layer"
-        off = (per_weight and live_counts != wanted) or sum(live_counts) != sum(wanted)
-        if off and self.config.adapt:
-            problems.append(f"live counts {live_counts}, wanted {wanted}")
-        if slots != [s.target.n_slots for s in self.states]:
-            problems.append(f"slots {slots}, wanted {[s.target.n_slots for s in self.states]}")
-        everyone = [p for per_rank in self.ranks.gather_object(problems) for p in per_rank]
-        if everyone:
-            raise RuntimeError("sparsity invariant broken: " + "; ".join(everyone))
-
-    def _gather_positions(self) -> list[torch.Tensor]:
-        """`seft_position` of every target, int64 (K,), on every rank. One gather."""
-        device = self.states[0].live_bits.device
-        held = [shards.held(s.position, self.ranks)[1].to(device).long() for s in self.states]
-        if not shards.is_partitioned(self.states[0].position):
-            return held
-        return gather_lists(held, self.ranks)
+        """Check what has to be true of every target. A collective; RuntimeError naming the weight."""
+        check_invariants(self.states, self.config, self.ranks)

@@ -101,6 +101,7 @@ def test_an_exchange_counts_as_an_event_of_each_weight_that_takes_part() -> None
     exchange = {"kind": "exchange", "step": 3, "targets": counts, "seconds": 2.0, "bytes": 8}
     facts = facts_of([run, exchange, {**exchange, "seconds": 4.0}])  # a resumed run tells it again
     assert facts.event_seconds == 4.0 and len(facts.events) == 2
+    assert facts.changes("event") == "1 exchange"
     assert live_totals(facts) == (20, 20) and deviations(facts) == [(3, 0)]
     assert churn(facts, "revived")[2] == [[30.0, 0.0]]
     for broken in (None, [1], {"layers.0.q": 5}):

@@ -163,7 +163,8 @@ def refusals(home: Path, folder: Path) -> dict[str, str]:
     attempt("pruned", dense_model=str(home / "fp32/pruned"))
     attempt("shape", dense_model=str(folder / "other"))
     attempt("layers", dense_model=str(folder / "short"))
-    attempt("live", trainable="live", density=None)
+    with pytest.warns(UserWarning, match="no exchange fits into 14 steps"):
+        attempt("late", window=12, interval=12)
     return said
 
 
@@ -171,6 +172,7 @@ def test_what_is_refused(home: Path, tmp_path: Path) -> None:
     from seft_ds.config import parse_seft
 
     (said,) = run_processes(1, refusals, home, tmp_path)
+    assert said["late"] == "no error"
     assert "is no folder" in said["none"]
     assert "pruned itself" in said["pruned"]
     assert "(48, 24) there and (40, 24)" in said["shape"]
