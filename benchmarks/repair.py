@@ -150,6 +150,7 @@ def run_grid(grid: Grid, work: Path, runner: Runner, keep_models: bool) -> list[
 def measured_in(kind: str, folder: str, grid: Grid) -> str:
     """Where a model's own perplexities are: one place for all rows of the grid, the same on any machine."""
     texts = [str(text) for text in (grid.validation, *grid.texts)]
+    texts += [str(grid.tasks)] if grid.tasks else []
     digest = hashlib.sha256(repr([os.path.normpath(folder), *texts]).encode()).hexdigest()[:8]
     return f"{kind}/{Path(folder).name}-{digest}"
 
@@ -219,11 +220,13 @@ def notes(grid: Grid, cells: list[dict[str, Any]], grid_file: str) -> list[str]:
         f"Learning rates by the validation text ({grid.tune_steps} steps, seed {grid.tune_seed}); (edge): "
         "the best was the lowest or highest tried. "
     )
+    asked = f", {grid.tasks.limit} questions each" if grid.tasks and grid.tasks.limit else ""
     lines = [
         f"`benchmarks/repair.py {grid_file}`: {grid.steps} steps, seeds {grid.seeds}; mean ± standard "
         f"deviation over seeds. {tuned if grid.tuning_cells() else ''}Gap closed: on {grid.texts[0].name}, "
         "of log-perplexity, from the pruned model (0 %) to the dense one (100 %). Minutes: the steps. "
         "Peak: resident memory of the largest process while training."
+        + (f" Accuracy: the mean over {grid.tasks.tasks}{asked}." if grid.tasks else "")
     ]
     if cells:
         dates = sorted({cell["date"] for cell in cells})

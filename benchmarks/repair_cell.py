@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import cpu_name
-from benchmarks.repair_grid import Cell, Grid, Text
+from benchmarks.repair_grid import Cell, Grid, Tasks, Text
 from seft_ds.checkpoint.export import versions
 from seft_ds.errors import RunError
 from seft_ds.json_file import read_object
@@ -119,6 +119,9 @@ def run_cell(cell: Cell, grid: Grid, work: Path, runner: Runner, keep_model: boo
     flags = [*cell.command(grid), "--output_dir", str(run), "--disable_tqdm", "true"]
     ended = [runner("finetune", flags, log, grid.launcher, grid.env)]
     perplexities, evaluations = measure(run, cell.texts(grid), folder, log, grid, runner)
+    accuracies = {}
+    if grid.tasks and not cell.tuning:
+        accuracies = on_tasks(run, grid.tasks, folder, log, grid, runner, evaluations)
     record = {
         "model": cell.model,
         "row": cell.row.name,
@@ -128,6 +131,7 @@ def run_cell(cell: Cell, grid: Grid, work: Path, runner: Runner, keep_model: boo
         "steps": cell.steps,
         "tuning": cell.tuning,
         "perplexity": perplexities,
+        **({"accuracy": accuracies} if accuracies else {}),
         **outcome(run),
         **circumstances(ended + evaluations),
         "peak_bytes": ended[0].peak_bytes,
@@ -149,8 +153,12 @@ def run_measurement(name: str, model: str, grid: Grid, work: Path, runner: Runne
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     texts = grid.texts + ([grid.validation] if grid.validation else [])
-    perplexities, ended = measure(Path(model), texts, folder, folder / "log.txt", grid, runner)
-    write(folder, {"model": model, "perplexity": perplexities, **circumstances(ended)})
+    log = folder / "log.txt"
+    perplexities, ended = measure(Path(model), texts, folder, log, grid, runner)
+    record: dict[str, Any] = {"model": model, "perplexity": perplexities}
+    if grid.tasks:
+        record["accuracy"] = on_tasks(Path(model), grid.tasks, folder, log, grid, runner, ended)
+    write(folder, record | circumstances(ended))
 
 
 def measure(
@@ -164,6 +172,24 @@ def measure(
         ended.append(runner("evaluate", flags, log, "", grid.env))
         found[text.name] = float(read_object(out)["perplexity"]["perplexity"])
     return found, ended
+
+
+def on_tasks(
+    model: Path,
+    tasks: Tasks,
+    folder: Path,
+    log: Path,
+    grid: Grid,
+    runner: Runner,
+    ended: list[Ended],
+) -> dict[str, float]:
+    """Accuracy on each lm-eval task and their plain mean; what ran is added to `ended`."""
+    out = folder / "tasks.json"
+    flags = ["--model_name_or_path", str(model), *tasks.flags(), "--output_path", str(out)]
+    ended.append(runner("evaluate", flags, log, "", grid.env))
+    found = read_object(out)["tasks"]
+    single = {n: r["acc,none"] for n, r in found["results"].items() if n not in found.get("groups", {})}
+    return {**single, "mean": sum(single.values()) / len(single)}
 
 
 def outcome(run: Path) -> dict[str, Any]:

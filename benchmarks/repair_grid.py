@@ -11,6 +11,7 @@
     train_file:      TEXT
     validation:      {text_file, max_length, max_windows}     learning rates are chosen by it
     eval:            [{name, text_file, max_length, max_windows}]
+    tasks:           {tasks: NAME,NAME, include_path, limit, max_length, batch_size} of lm-eval
     methods:         [{name: seft, args: {...}, seft: {...}, learning_rates: [...]}]
                      name: of the row; method: what --method gets (default: the name)
     learning_rates:  [1e-3, 5e-3]          one: nothing is tuned
@@ -43,7 +44,7 @@ from seft_ds.json_file import read_text
 from seft_ds.train.arguments import RecipeLoader
 
 _KNOWN = {
-    "models", "dense", "prune", "tiny", "train_file", "validation", "eval", "methods",
+    "models", "dense", "prune", "tiny", "train_file", "validation", "eval", "tasks", "methods",
     "learning_rates", "tune", "seeds", "steps", "deepspeed", "args", "seft", "launcher", "env",
 }  # fmt: skip
 _GRID_BYTES = 1 << 20
@@ -61,6 +62,21 @@ class Text:
     def flags(self) -> list[str]:
         flags = ["--text_file", self.text_file, "--max_length", str(self.max_length)]
         return flags + (["--max_windows", str(self.max_windows)] if self.max_windows else [])
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """lm-eval tasks that final runs are measured on."""
+
+    tasks: str  # names, commas between
+    include_path: str | None = None
+    limit: int | None = None
+    max_length: int = 1024
+    batch_size: int = 8
+
+    def flags(self) -> list[str]:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return _flags(given, "--")
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,9 @@ class Cell:
 
     def folder(self, grid: Grid) -> Path:
         """Named for people; the digest makes a changed grid another cell."""
-        asked = [self.command(grid), grid.launcher, [vars(t) for t in self.texts(grid)]]
+        asked: list[Any] = [self.command(grid), grid.launcher, [vars(t) for t in self.texts(grid)]]
+        if grid.tasks and not self.tuning:
+            asked.append(vars(grid.tasks))
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
         kind = "tune" if self.tuning else "run"
         name = f"{kind}-lr{self.learning_rate:g}-seed{self.seed}-{digest}"
@@ -116,6 +134,7 @@ class Grid:
     steps: int
     deepspeed: str
     validation: Text | None = None
+    tasks: Tasks | None = None
     dense: dict[str, str] = field(default_factory=dict)
     tune_steps: int = 0
     tune_seed: int = 0
@@ -204,6 +223,7 @@ def build_grid(data: dict[str, Any], check_files: bool = True) -> Grid:
         steps=int(data["steps"]),
         deepspeed=str(data.get("deepspeed", "ds_configs/zero3.json")),
         validation=_text({**validation, "name": "validation"}) if validation else None,
+        tasks=_tasks(data.get("tasks")),
         dense={str(n): str(f) for n, f in dense.items()},
         tune_steps=int(tune.get("steps", data["steps"])),
         tune_seed=int(tune.get("seed", data["seeds"][0])),
@@ -248,6 +268,15 @@ def _text(entry: dict[str, Any]) -> Text:
         ) from None
 
 
+def _tasks(entry: dict[str, Any] | None) -> Tasks | None:
+    try:
+        return Tasks(**entry) if entry else None
+    except TypeError as error:
+        raise ValueError(
+            f"tasks wants tasks, and may have include_path, limit, max_length, batch_size: {error}"
+        ) from None
+
+
 def _flags(values: dict[str, Any], prefix: str) -> list[str]:
     flags = []
     for name, value in values.items():
@@ -261,6 +290,8 @@ def _check_files(grid: Grid) -> None:
     for path in [grid.train_file, grid.deepspeed, *(t.text_file for t in texts)]:
         if not os.path.isfile(path):
             raise ValueError(f"the grid names {path}: there is no such file")
+    if grid.tasks and grid.tasks.include_path and not os.path.isdir(grid.tasks.include_path):
+        raise ValueError(f"the grid names {grid.tasks.include_path}: there is no such folder")
     for path in [*grid.models.values(), *grid.dense.values()]:
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise ValueError(f"the grid names {path}: that is no folder of a model")

@@ -65,6 +65,8 @@ def rows_of(
                 row: Record = {"model": model, "method": name, "seeds": 0}
                 for text in texts:
                     row[text] = known[name]["perplexity"][text]
+                if "accuracy" in known[name]:
+                    row["accuracy"] = known[name]["accuracy"]["mean"]
                 rows.append(row)
         groups: dict[str, list[Record]] = {}
         for cell in cells:
@@ -91,6 +93,8 @@ def _row(
     minutes = [c["train_seconds"] / 60 for c in cells]
     measured: dict[str, list[float]] = {"sparsity": [c["sparsity"] for c in cells]}
     measured |= {text: [c["perplexity"][text] for c in cells] for text in texts}
+    if all("accuracy" in c for c in cells):
+        measured["accuracy"] = [c["accuracy"]["mean"] for c in cells]
     if "dense" in known and "pruned" in known:
         gaps = [
             gap_closed(
@@ -110,6 +114,8 @@ def _row(
 def as_markdown(rows: list[Record], texts: list[str], notes: list[str]) -> str:
     """The table and what stands beside it."""
     head = ["model", "method", "learning rate", "seeds", "trainable", "sparsity left", *texts]
+    tasks = any("accuracy" in row for row in rows)
+    head += ["accuracy"] if tasks else []
     head += ["gap closed", "per minute", "minutes", "peak GiB"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * 2}{'--:|' * (len(head) - 2)}"]
     for row in rows:
@@ -118,6 +124,7 @@ def as_markdown(rows: list[Record], texts: list[str], notes: list[str]) -> str:
         cells += [str(row["seeds"] or ""), f"{row['trainable']:,}" if "trainable" in row else ""]
         cells += [_shown(row, "sparsity", "{:.4%}", "{:.2%}")]
         cells += [_shown(row, text, "{:.2f}", "{:.2f}") for text in texts]
+        cells += [_shown(row, "accuracy", "{:.2%}", "{:.2%}")] if tasks else []
         cells += [
             _shown(row, "gap_closed", "{:.1%}", "{:.1%}"),
             _shown(row, "gap_per_minute", "{:.2%}", "{:.2%}"),
