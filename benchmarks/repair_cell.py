@@ -188,7 +188,9 @@ def on_tasks(
     flags = ["--model_name_or_path", str(model), *tasks.flags(), "--output_path", str(out)]
     ended.append(runner("evaluate", flags, log, "", grid.env))
     found = read_object(out)["tasks"]
-    single = {n: r["acc,none"] for n, r in found["results"].items() if n not in found.get("groups", {})}
+    single = {
+        n: r["acc,none"] for n, r in found["results"].items() if n not in found.get("groups", {})
+    }
     return {**single, "mean": sum(single.values()) / len(single)}
 
 

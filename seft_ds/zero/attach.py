@@ -22,7 +22,7 @@ from seft_ds.sparse.topology import masked_keys
 from seft_ds.targets import Target, assign_slots, matches, parse_pattern, total_slots
 from seft_ds.zero import shards
 
-_KEYS_AT_ONCE = 1 << 27  # bounds the memory of choosing the first slots: 512 MiB of keys
+_KEYS_AT_ONCE = 1 << 24  # bounds the memory of choosing the first slots: 64 MiB of keys
 
 
 @dataclass
