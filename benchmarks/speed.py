@@ -5,8 +5,8 @@
 Every method is a process of its own with a DeepSpeed engine of one rank; the processes take turns, a few
 steps each, so that whatever else the machine does falls on all of them alike. A step is forward, backward
 and optimizer. Wall and CPU time are medians over all measured steps; the ratio is the median of the ratios
-to `--beside` within a turn, with its quartiles. Memory is what the process's resident set grew by at its peak,
-over the state before the model was made (on a GPU: `torch.cuda.max_memory_allocated`).
+to `--beside` within a turn, with its quartiles. Memory is what the process's resident set grew by at its
+peak, over the state before the model was made (on a GPU: `torch.cuda.max_memory_allocated`).
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def ratios(mine: list[dict], other: list[dict], clock: str) -> tuple[float, floa
 
 def table(turns: dict[str, list[dict[str, Any]]], beside: str) -> str:
     lines = [
-        f"| method | trained | wall, s a step | CPU, s a step | CPU beside {beside} (quartiles) | wall beside | "
-        "slowest step / median | peak GiB | memory beside |",
+        f"| method | trained | wall, s a step | CPU, s a step | CPU beside {beside} (quartiles) | "
+        "wall beside | slowest step / median | peak GiB | memory beside |",
         "|---|" + "--:|" * 8,
     ]
     other = turns[beside]
