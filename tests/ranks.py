@@ -31,13 +31,8 @@ class ThreadRanks:
             total += part
         return tensor.copy_(total)
 
-    def sum_to(self, tensor: torch.Tensor, owner: int) -> None:
-        mine = tensor.clone()
-        self.sum_(mine)
-        if self.rank == owner:
-            tensor.copy_(mine)
-        else:
-            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+    def sum_scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.sum_(rows.clone())[self.rank]
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [part.clone() for part in self._exchange(tensor.clone())]

@@ -30,8 +30,8 @@ class Ranks(Protocol):
         """Add `tensor` over all ranks, in place, and return it."""
         ...
 
-    def sum_to(self, tensor: torch.Tensor, owner: int) -> None:
-        """Add `tensor` over all ranks into `owner`'s copy; the others' contents are then undefined."""
+    def sum_scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add `rows` (size, n) over all ranks; each gets its own row (n,). May overwrite `rows`."""
         ...
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -74,11 +74,16 @@ class ProcessRanks:
         dist.all_reduce(moved)
         return tensor if moved is tensor else tensor.copy_(moved)
 
-    def sum_to(self, tensor: torch.Tensor, owner: int) -> None:
-        moved = self._ready(tensor)
-        dist.reduce(moved, dst=owner)
-        if moved is not tensor:
-            tensor.copy_(moved)
+    def sum_scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        moved = self._ready(rows)
+        if self._device is not None:
+            mine = torch.empty_like(moved[0])
+            dist.reduce_scatter_tensor(mine, moved)
+            return mine.to(rows.device)
+        # gloo sums all rows on all ranks and cuts its row out: a reduction to each owner moves less.
+        for owner, row in enumerate(moved):
+            dist.reduce(row, dst=owner)
+        return moved[self.rank]
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         length = self._ready(

@@ -11,7 +11,7 @@ import torch
 
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.sparse.shard import shard_range
-from seft_ds.sparse.slot_grad import dense_blocks
+from seft_ds.sparse.slot_grad import dense_parts, rows_a_piece
 
 
 class Window:
@@ -30,17 +30,17 @@ class Window:
     def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
         """Add one micro-batch's gradient dyᵀx. dy: (tokens, out); x: (tokens, in).
 
-        A collective, called inside backward: every rank must run the same graph. Each owner's range is
-        formed in bounded row blocks, summed to that owner, and freed.
+        A collective, called inside backward: every rank must run the same graph. In pieces of bounded size,
+        each with some rows of every owner, so that one sum serves them all whatever the number of ranks.
         """
-        for owner, (lo, hi) in enumerate(self._ranges):
-            if lo == hi:
-                continue
-            for begin, end, block in dense_blocks(dy, x, lo, hi):
-                block = block.contiguous()
-                self._ranks.sum_to(block, owner)
-                if owner == self._ranks.rank:
-                    self._step[begin - self._lo : end - self._lo] += block
+        columns = x.shape[1]
+        length = rows_a_piece(len(self._ranges), columns) * columns
+        longest = max(hi - lo for lo, hi in self._ranges)
+        for begin in range(0, longest, length):
+            parts = [(min(lo + begin, hi), min(lo + begin + length, hi)) for lo, hi in self._ranges]
+            mine = self._ranks.sum_scatter(dense_parts(dy, x, parts))
+            lo, hi = parts[self._ranks.rank]
+            self._step[lo - self._lo : hi - self._lo] += mine[: hi - lo]
 
     def finish_step(self, scale: float) -> None:
         """Close one optimizer step: g times `scale` is what the optimizer saw."""

@@ -9,7 +9,7 @@ a scoring window it also hands (dy, x) to the window, which sums the dense gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,12 +42,13 @@ class SlotLinear(torch.autograd.Function):
         position: torch.Tensor,  # (K,) flat positions
         sinks: Sequence[GradientSink],
         not_finite: torch.Tensor | None = None,  # (), bool: set if a slot gradient isn't finite
+        kernel: Callable[[int], str] | None = None,  # tokens -> kernel of the slot gradients
     ) -> torch.Tensor:
         # The Parameter objects themselves are saved, never a view or `.data`: ZeRO-3 empties them
         # after forward and fills them again before this module's backward.
         ctx.save_for_backward(x, weight, position)
         ctx.delta_dtype = delta.dtype
-        ctx.sinks, ctx.not_finite = sinks, not_finite
+        ctx.sinks, ctx.not_finite, ctx.kernel = sinks, not_finite, kernel
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -57,12 +58,13 @@ class SlotLinear(torch.autograd.Function):
         flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         d_delta = None
         if ctx.needs_input_grad[3]:
-            d_delta = slot_gradient(flat_dy, flat_x, position).to(ctx.delta_dtype)
+            kernel = ctx.kernel(len(flat_x)) if ctx.kernel is not None else None
+            d_delta = slot_gradient(flat_dy, flat_x, position, kernel).to(ctx.delta_dtype)
             if ctx.not_finite is not None:  # no host sync here: the flag is read once a step
                 ctx.not_finite.logical_or_(~d_delta.isfinite().all())
         for sink in ctx.sinks:
             sink.add(flat_dy, flat_x)
-        return dx, None, None, d_delta, None, None, None
+        return dx, None, None, d_delta, None, None, None, None
 
 
 class SeftLinear(nn.Linear):
@@ -90,6 +92,7 @@ class SeftLinear(nn.Linear):
             self.seft_position,
             self.seft_runtime.open_sinks(),
             self.seft_runtime.not_finite,
+            self.seft_runtime.kernel,
         )
 
 

@@ -1,18 +1,20 @@
 """Gradients of single entries of a weight, and of whole row blocks.
 
 For y = x Wᵀ the gradient is dL/dW = dyᵀ x. Training needs it only at the K slots (1 % of the entries):
-g[j] = Σ_tokens dy[:, row_j] · x[:, col_j]. Two exact ways to get there:
+g[j] = Σ_tokens dy[:, row_j] · x[:, col_j]. Three exact ways to get there:
 
-* sampled dot products (`torch.sparse.sampled_addmm`): work K · tokens;
-* a dense GEMM in row blocks, followed by a gather: work out · in · tokens, but at GEMM speed.
+* `sampled` dot products (`torch.sparse.sampled_addmm`): work K · tokens;
+* a `dense` GEMM in row blocks, followed by a gather: work out · in · tokens, but at GEMM speed;
+* `triton` dot products, on a GPU (`seft_ds/sparse/triton_slot_grad.py`): work K · tokens, fp32 sums.
 
-Which one is faster depends on dtype and device (`benchmarks/slot_grad.py`). On a CPU with bf16 matrix
-units a dense bf16 GEMM beats fp32 sampling at model shapes; in fp32 sampling wins by 2 to 6 times.
+Which one is fastest depends on shape, density, dtype, tokens and device: `seft_ds/sparse/kernel_costs.py`
+measures it, `benchmarks/slot_grad.py` shows it. Without a measurement `by_rule` decides. On a CPU with bf16
+matrix units a dense bf16 GEMM beats fp32 sampling at model shapes; in fp32 sampling wins by 2 to 6 times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
 
 import torch
 
@@ -22,16 +24,30 @@ _SAMPLED_MAX_DENSITY = (
 )
 
 
-def slot_gradient(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def by_rule(dtype: torch.dtype, device: torch.device, slots: int, numel: int) -> str:
+    """The kernel for a weight of `numel` entries where nothing has been measured."""
+    few = slots <= _SAMPLED_MAX_DENSITY * numel
+    return "sampled" if dtype == torch.float32 and device.type == "cpu" and few else "dense"
+
+
+def slot_gradient(
+    dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor, kernel: str | None = None
+) -> torch.Tensor:
     """dL/dW at `position`, fp32 (K,), in the order of `position`.
 
     dy: (tokens, out); x: (tokens, in); position: (K,) int, flat positions row·in + col, any order.
+    kernel: one of `available`; None: `by_rule`.
     """
-    numel = dy.shape[1] * x.shape[1]
-    few = position.numel() <= _SAMPLED_MAX_DENSITY * numel
-    if dy.dtype == torch.float32 and dy.device.type == "cpu" and few:
-        return sampled(dy, x, position)
-    return dense_then_gather(dy, x, position)
+    if kernel is None:
+        kernel = by_rule(dy.dtype, dy.device, position.numel(), dy.shape[1] * x.shape[1])
+    return KERNELS[kernel](dy, x, position)
+
+
+def available(device: torch.device) -> list[str]:
+    """The kernels that can run on `device`."""
+    if device.type == "cpu":
+        return ["sampled", "dense"]
+    return ["dense", "triton"] if importlib.util.find_spec("triton") else ["dense"]
 
 
 def sampled(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -58,24 +74,48 @@ def dense_then_gather(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor)
     if numel <= _BLOCK_ENTRIES:
         return (dy.t() @ x).view(-1)[position.long()].float()
     ordered, order = position.long().sort()
-    parts = []
-    for lo, hi, block in dense_blocks(dy, x, 0, numel):
-        first, last = torch.searchsorted(ordered, torch.tensor([lo, hi], device=ordered.device))
-        parts.append(block[ordered[first:last] - lo])
-    return torch.empty_like(torch.cat(parts)).index_copy_(0, order, torch.cat(parts))
+    rows = max(1, _BLOCK_ENTRIES // in_features)
+    starts = torch.arange(0, dy.shape[1] + rows, rows, device=ordered.device)
+    bounds = torch.searchsorted(ordered, starts * in_features).tolist()
+    result = torch.empty(ordered.numel(), dtype=torch.float32, device=dy.device)
+    for row, first, last in zip(range(0, dy.shape[1], rows), bounds, bounds[1:]):
+        block = (dy[:, row : row + rows].t() @ x).view(-1)
+        result[order[first:last]] = block[ordered[first:last] - row * in_features].float()
+    return result
 
 
-def dense_blocks(
-    dy: torch.Tensor, x: torch.Tensor, lo: int, hi: int, block_entries: int | None = None
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """The dense gradient at flat positions [lo, hi), piece by piece: (from, to, fp32 (to - from,)).
+def _triton(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    from seft_ds.sparse.triton_slot_grad import dot_products  # triton is there with CUDA only
 
-    A piece covers whole rows except where [lo, hi) cuts one; at least one row is formed at a time.
+    return dot_products(dy, x, position)
+
+
+KERNELS = {"sampled": sampled, "dense": dense_then_gather, "triton": _triton}
+
+
+def rows_a_piece(parts: int, columns: int) -> int:
+    """Rows of each of several parts that are formed at a time, so that all of them stay within a block.
+
+    At least 4: a part begins and ends inside of rows, so that of r rows r + 1 are computed.
     """
-    in_features = x.shape[1]
-    rows_at_once = max(1, (block_entries or _BLOCK_ENTRIES) // in_features)
-    for row in range(lo // in_features, -(-hi // in_features), rows_at_once):
-        stop = min(row + rows_at_once, -(-hi // in_features))
-        block = (dy[:, row:stop].t() @ x).view(-1).float()
-        begin, end = max(lo, row * in_features), min(hi, stop * in_features)
-        yield begin, end, block[begin - row * in_features : end - row * in_features]
+    return max(4, _BLOCK_ENTRIES // (parts * columns))
+
+
+def dense_parts(dy: torch.Tensor, x: torch.Tensor, parts: list[tuple[int, int]]) -> torch.Tensor:
+    """The dense gradient at several ranges [lo, hi) of flat positions, as fp32 (parts, longest), 0 beyond.
+
+    One GEMM over the rows of all ranges, which should be of about the same length.
+    """
+    columns = x.shape[1]
+    first = [lo // columns for lo, _ in parts]
+    count = max(
+        -(-hi // columns) - row for row, (lo, hi) in zip(first, parts, strict=True) if hi > lo
+    )
+    starts = torch.tensor(first, device=dy.device).clamp_(max=dy.shape[1] - 1)
+    rows = starts[:, None] + torch.arange(count, device=dy.device)
+    chosen = dy.index_select(1, rows.clamp_(max=dy.shape[1] - 1).view(-1))
+    blocks = (chosen.t() @ x).view(len(parts), count * columns)
+    result = torch.zeros(len(parts), max(hi - lo for lo, hi in parts), device=dy.device)
+    for block, into, row, (lo, hi) in zip(blocks, result, first, parts, strict=True):
+        into[: hi - lo] = block[lo - row * columns : hi - row * columns]
+    return result

@@ -25,6 +25,7 @@ from seft_ds.distributed.event import Change, EventSettings, plan
 from seft_ds.errors import RunError
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
+from seft_ds.sparse.kernel_costs import KernelCosts, known_costs
 from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.attach import AttachedTarget
 from seft_ds.zero.dense_model import DenseModel
@@ -55,6 +56,7 @@ class SparseEvolution:
         shards.never_persist(engine, frozen)
         self.states = [WeightState(a, engine, ranks) for a in attached]
         self._slot_ranges = self._learn_slot_ranges()
+        self.kernel_costs = self._learn_kernel_costs()
         self.settings = EventSettings(
             config.release, config.grow, config.prune, config.scope, config.nm, config.grow_among,
             config.adapt,
@@ -203,6 +205,16 @@ class SparseEvolution:
         """Which slots [lo, hi) of each target each rank optimizes: [rank][target]. One gather."""
         mine = [(s.slot_shard.lo, s.slot_shard.hi) for s in self.states]
         return self.ranks.gather_object(mine)
+
+    def _learn_kernel_costs(self) -> KernelCosts:
+        """What the kernels of slot gradients take, as rank 0 knows or measures it: all ranks choose alike."""
+        problems = [s.problem for s in self.states]
+        device = self.states[0].live_bits.device
+        mine = known_costs(problems, device) if self.ranks.rank == 0 else KernelCosts()
+        costs: KernelCosts = self.ranks.gather_object(mine)[0]
+        for state in self.states:
+            state.kernel_costs = costs
+        return costs
 
     def gather_deltas(self, targets: list[int]) -> list[torch.Tensor]:
         """The fp32 deltas (K,) of some targets, on every rank. One collective; none under ZeRO-0."""

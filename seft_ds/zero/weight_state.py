@@ -18,6 +18,7 @@ from seft_ds.distributed.selection import gather_lists
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
 from seft_ds.sparse.curvature import Curvature, worth
+from seft_ds.sparse.kernel_costs import KernelCosts, Problem
 from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import Shard
@@ -78,6 +79,10 @@ class WeightState:
         self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
         self.not_finite = torch.zeros((), dtype=torch.bool, device=engine.device)  # by backward
+        self.problem = Problem(
+            *self.target.shape, self.target.n_slots, str(self.weight.dtype).removeprefix("torch.")
+        )
+        self.kernel_costs = KernelCosts()
 
     def _first_slots(self) -> SlotTable:
         position = shards.gather_whole(self.position, self.ranks).long().to(self.live_bits.device)
@@ -112,6 +117,9 @@ class WeightState:
     # What SeftLinear asks for.
     def open_sinks(self) -> list[Window | Curvature]:
         return [sink for sink in (self.window, self.curvature) if sink is not None]
+
+    def kernel(self, tokens: int) -> str:
+        return self.kernel_costs.fastest(self.problem, tokens, self.live_bits.device)
 
     def begin_window(self) -> None:
         if self.window is None:

@@ -10,6 +10,8 @@ from seft_ds.sparse.linear import SeftLinear, add_slots
 class Runtime:
     """Stands where the engine extension does; `sink` is what it hands out, twice."""
 
+    kernel = None  # by rule
+
     def __init__(self, sink=None):
         self.sink = sink
         self.not_finite = torch.zeros((), dtype=torch.bool)

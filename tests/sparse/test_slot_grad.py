@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -34,17 +38,41 @@ def test_the_chosen_way_is_within_rounding(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, exact[position.long()], rtol=tolerance, atol=tolerance * 8)
 
 
-@pytest.mark.parametrize("span", [(0, 77), (3, 5), (6, 60), (76, 77), (10, 10)])
-@pytest.mark.parametrize("block", [1, 25, 1 << 24])
-def test_dense_blocks_tile_the_range(span: tuple[int, int], block: int) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [[(0, 77)], [(0, 26), (26, 52), (52, 77)], [(3, 5), (60, 77)], [(0, 7), (7, 14), (77, 77)]],
+)
+def test_dense_parts_are_the_ranges_side_by_side(parts: list[tuple[int, int]]) -> None:
     dy, x, _, exact = problem(6, 7, 11, 1, torch.float32)
-    seen, at = [], span[0]
-    for begin, end, values in slot_grad.dense_blocks(dy, x, *span, block_entries=block):
-        assert begin == at and values.numel() == end - begin
-        seen.append(values)
-        at = end
-    assert at == span[1]
-    if seen:
-        torch.testing.assert_close(
-            torch.cat(seen).double(), exact[slice(*span)], rtol=1e-5, atol=1e-5
-        )
+    got = slot_grad.dense_parts(dy, x, parts)
+    assert got.shape == (len(parts), max(hi - lo for lo, hi in parts))
+    for (lo, hi), row in zip(parts, got.double(), strict=True):
+        torch.testing.assert_close(row[: hi - lo], exact[lo:hi], rtol=1e-5, atol=1e-5)
+        assert not row[hi - lo :].any()
+
+
+def test_pieces_are_bounded_but_hold_some_rows_of_every_part() -> None:
+    assert slot_grad.rows_a_piece(8, 4096) * 8 * 4096 == 1 << 24
+    assert slot_grad.rows_a_piece(512, 28672) == 4  # fewer would compute many rows twice
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "shape", [(5, 7, 11, 9), (33, 16, 24, 384), (2, 40, 3, 1), (300, 20, 30, 70)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_triton_kernel_is_the_dense_gradient(shape, dtype: str) -> None:
+    """In Triton's interpreter, which has to be chosen before the kernel is defined: a process of its own."""
+    code = f"""
+import os; os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from seft_ds.sparse.triton_slot_grad import dot_products
+from tests.sparse.test_slot_grad import problem
+dy, x, position, exact = problem(*{shape}, torch.{dtype})
+got = dot_products(dy, x, position, blocks=(16, 32))
+assert got.dtype == torch.float32
+torch.testing.assert_close(got.double(), exact[position.long()], rtol=1e-5, atol=1e-4)
+assert dot_products(dy, x, position[:0], blocks=(16, 32)).numel() == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
