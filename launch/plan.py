@@ -1,10 +1,11 @@
-"""How much memory a repair or a pruning run will take, before it starts; no weights are needed.
+"""What a repair or a pruning run will take, before it starts: memory, messages, time; no weights are needed.
 
     python launch/plan.py --model_name_or_path DIR_OR_CONFIG --nodes 4 --gpus_per_node 8 \\
         --deepspeed ds_configs/zero3_8bit.json --max_length 2048 --gpu_memory_gib 80
     python launch/plan.py --model_name_or_path DIR_OR_CONFIG --gpus_per_node 8 --prune sparsegpt
 
-Prints bytes by part, those of the rank that holds most, and whether it fits; if not, what would.
+Prints bytes by part, those of the rank that holds most, and whether it fits; if not, what would. For a repair
+also the bytes that a rank sends a step, and with `--probe` how long a step takes on the device at hand.
 Exit status: 0; 1 if `--gpu_memory_gib` is given and it does not fit; 2 for a mistake in the input.
 """
 
@@ -47,6 +48,10 @@ class PlanArguments:
     per_device_train_batch_size: int = field(default=1, metadata={"help": "rows a rank at a time"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "keep block inputs only"})
     gpu_memory_gib: float | None = field(default=None, metadata={"help": "what a GPU has"})
+    probe: bool = field(
+        default=False,
+        metadata={"help": "measure on this device how long a step takes (some seconds)"},
+    )
     json: str | None = field(default=None, metadata={"help": "write the plan to this file too"})
 
 
@@ -73,9 +78,11 @@ def check(options: PlanArguments) -> None:
 def show(options: PlanArguments, seft_flags: dict) -> None:
     """Print the plan. RunError if it was asked whether it fits, and it does not."""
     from seft_ds.config import load_deepspeed_config, parse_seft, with_overrides
-    from seft_ds.console import torch_dtype
+    from seft_ds.console import prepare_device, torch_dtype
     from seft_ds.memory import Setup
     from seft_ds.train import planning
+    from seft_ds.train.probing import probe
+    from seft_ds.train.wire import wire_bytes
 
     check(options)
     model = planning.model_of_config(options.model_name_or_path)
@@ -100,14 +107,45 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
         f"{slots:,} slots; ZeRO-{setup.stage} on {options.nodes} x {options.gpus_per_node} ranks, "
         f"{setup.optimizer}, {options.dtype}\n" + planning.table(result, options.gpus_per_node)
     )
+    sent = wire_bytes(shapes.targets, shapes.others, setup, config, total_steps=options.max_steps)
+    print(wire_table(sent, shapes, setup, config))
+    took = None
+    if options.probe:
+        took = probe(model.config, shapes.targets, work, dtype, prepare_device())
+        print(probe_lines(took, options))
     if options.json:
         facts = asdict(result) | {"parameters": shapes.numel, "slots": slots, "ranks": ranks}
+        facts |= {"wire_bytes": sent, "probe": asdict(took) if took else None}
         Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
     bytes_there = (options.gpu_memory_gib or 0) * planning.GIB
     ways: list[str] = []
     if result.device_total > bytes_there > 0:
         ways = planning.what_would_fit(shapes, setup, work, config, bytes_there)
     tell_fit(options, result.device_total, ways)
+
+
+def wire_table(sent: dict[str, float], shapes: Any, setup: Any, config: Any) -> str:
+    """What a rank sends a step, beside LoRA of the same budget and full fine-tuning."""
+    from seft_ds.train.wire import wire_bytes
+
+    parts = ", ".join(f"{name} {number / 1e6:,.1f}" for name, number in sent.items())
+    slots = sum(t.n_slots for t in shapes.targets)
+    others = {
+        name: sum(wire_bytes(shapes.targets, shapes.others, setup, config, trained).values())
+        for name, trained in (("as many trained in LoRA", slots), ("full", shapes.numel))
+    }
+    beside = ", ".join(f"{name} {number / 1e6:,.1f}" for name, number in others.items())
+    return f"MB that a rank sends a step: {sum(sent.values()) / 1e6:,.1f} ({parts}); {beside}"
+
+
+def probe_lines(took: Any, options: PlanArguments) -> str:
+    """The measured step time, in words."""
+    tokens = options.max_length * options.per_device_train_batch_size
+    return (
+        f"forward and backward on this device: about {took.step:.2f} s for {tokens:,} tokens "
+        f"({tokens / took.step:,.0f} a second; {took.blocks} blocks of {took.block:.3f} s, "
+        f"the rest {took.rest:.3f} s), without sums over ranks"
+    )
 
 
 def show_pruning(options: PlanArguments, model: Any, dtype: torch.dtype, ranks: int) -> None:

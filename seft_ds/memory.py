@@ -48,6 +48,7 @@ class Setup:
     sub_group_size: int = 1_000_000_000
     reduce_bucket: int = 500_000_000
     live_parameters: int = 1_000_000_000  # stage3_max_live_parameters
+    reuse_distance: int = 1_000_000_000  # stage3_max_reuse_distance
 
     @property
     def moments(self) -> int:
@@ -94,6 +95,7 @@ class Setup:
             sub_group_size=number("sub_group_size", 1_000_000_000, 1e9),
             reduce_bucket=number("reduce_bucket_size", 500_000_000, hidden**2),
             live_parameters=number("stage3_max_live_parameters", 1_000_000_000, 1e9),
+            reuse_distance=number("stage3_max_reuse_distance", 1_000_000_000, 1e9),
         )
 
 
