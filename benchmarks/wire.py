@@ -80,7 +80,7 @@ def tiny_model(width: int, layers: int) -> Any:
 
 
 def count(
-    method: str, stage: int, size: int, width: int, layers: int, steps: int
+    method: str, stage: int, size: int, width: int, layers: int, steps: int, reuse: int = 10**9
 ) -> dict[str, float]:
     """Bytes a step of this rank, by collective; the first steps warm up ZeRO-3's prefetching."""
     import deepspeed
@@ -95,7 +95,12 @@ def count(
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": reuse,
+            "stage3_prefetch_bucket_size": min(reuse, 50_000_000),
+        },
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
@@ -123,7 +128,9 @@ def count(
     return {name: sent / steps for name, sent in sorted(counter.sent.items())}
 
 
-def planned(method: str, stage: int, size: int, width: int, layers: int) -> float:
+def planned(
+    method: str, stage: int, size: int, width: int, layers: int, reuse: int = 10**9
+) -> float:
     """The planner's figure for the same run."""
     from seft_ds.config import parse_seft
     from seft_ds.train.planning import shapes_of_model
@@ -134,7 +141,7 @@ def planned(method: str, stage: int, size: int, width: int, layers: int) -> floa
     with torch.device("meta"):
         model = tiny_model(width, layers)
     shapes = shapes_of_model(model, config, 0.6)
-    setup = Setup(stage=stage, ranks=size, persistent_below=0)
+    setup = Setup(stage=stage, ranks=size, persistent_below=0, reuse_distance=reuse, prefetched=0)
     trained = {"lora": sum(4 * sum(t.shape) for t in shapes.targets), "full": shapes.numel}
     parts = wire_bytes(shapes.targets, shapes.others, setup, config, trained.get(method))
     return sum(parts.values())

@@ -49,6 +49,7 @@ class Setup:
     reduce_bucket: int = 500_000_000
     live_parameters: int = 1_000_000_000  # stage3_max_live_parameters
     reuse_distance: int = 1_000_000_000  # stage3_max_reuse_distance
+    prefetched: int = 50_000_000  # stage3_prefetch_bucket_size
 
     @property
     def moments(self) -> int:
@@ -96,6 +97,7 @@ class Setup:
             reduce_bucket=number("reduce_bucket_size", 500_000_000, hidden**2),
             live_parameters=number("stage3_max_live_parameters", 1_000_000_000, 1e9),
             reuse_distance=number("stage3_max_reuse_distance", 1_000_000_000, 1e9),
+            prefetched=number("stage3_prefetch_bucket_size", 50_000_000, 0.9 * hidden**2),
         )
 
 

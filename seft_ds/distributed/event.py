@@ -247,7 +247,7 @@ def _staying(d: _Draft) -> torch.Tensor:
 
 
 def _inputs(shard: Shard, weight: torch.Tensor) -> ScoreInputs:
-    return ScoreInputs(weight, shard.G, shard.Q, shard.positions(), shard.seed)
+    return ScoreInputs(weight, shard.G, shard.Q, shard.lo, shard.seed)
 
 
 def _per_group(values: list[int], group: list[int]) -> list[int]:

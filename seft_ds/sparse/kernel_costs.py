@@ -39,6 +39,11 @@ class Problem:
     slots: int
     dtype: str
 
+    @classmethod
+    def of(cls, shape: tuple[int, int], slots: int, dtype: torch.dtype) -> Problem:
+        """With the slots to two digits: weights of one shape may differ by one slot, and are one problem."""
+        return cls(*shape, int(float(f"{slots:.1e}")), str(dtype).removeprefix("torch."))
+
     @property
     def key(self) -> str:
         return f"{self.out}x{self.columns}, {self.slots} slots, {self.dtype}"

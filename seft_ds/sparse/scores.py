@@ -22,7 +22,7 @@ class ScoreInputs:
     weight: torch.Tensor  # (n,) the effective weights
     G: torch.Tensor  # (n,) fp32
     Q: torch.Tensor  # (n,) fp32
-    position: torch.Tensor  # (n,) int64, flat positions in the weight
+    lo: int  # flat position in the weight of the first of them
     seed: int  # differs between weights and events
 
 
@@ -54,9 +54,9 @@ def _over_root(numerator: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
 
 def random_score(inputs: ScoreInputs) -> torch.Tensor:
     """The same for every rank count; isolates what the gradient criterion is worth."""
-    return (hash_keys(inputs.position, inputs.seed) >> 7).to(
-        torch.float32
-    )  # 24 bits: exact in fp32
+    n = inputs.weight.numel()
+    position = torch.arange(inputs.lo, inputs.lo + n, device=inputs.weight.device)
+    return (hash_keys(position, inputs.seed) >> 7).to(torch.float32)  # 24 bits: exact in fp32
 
 
 def taylor(inputs: ScoreInputs) -> torch.Tensor:

@@ -35,10 +35,6 @@ class Shard:
     seed: int
     pattern: tuple[int, int] | None = None
 
-    def positions(self) -> torch.Tensor:
-        """All positions of the shard: int64 (n,)."""
-        return torch.arange(self.lo, self.lo + self.weight.numel(), device=self.weight.device)
-
     def index(self, position: torch.Tensor) -> torch.Tensor:
         return position - self.lo
 
@@ -55,8 +51,8 @@ def drop_keys(shard: Shard) -> torch.Tensor:
 
 
 def masked_keys(keys: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Keys (n,) with everything that is not a candidate (n,), bool, excluded."""
-    return torch.where(candidate, keys, radix.EXCLUDED)
+    """Keys (n,) with everything that is not a candidate (n,), bool, excluded. Writes into `keys`."""
+    return keys.masked_fill_(~candidate, radix.EXCLUDED)
 
 
 def split_dropped(

@@ -56,8 +56,7 @@ class _Runtime:
 
 def problems_of(targets: list[Target], dtype: torch.dtype) -> list[Problem]:
     """The different slot gradients of a model."""
-    name = str(dtype).removeprefix("torch.")
-    return list(dict.fromkeys(Problem(*t.shape, t.n_slots, name) for t in targets))
+    return list(dict.fromkeys(Problem.of(t.shape, t.n_slots, dtype) for t in targets))
 
 
 def probe(
@@ -100,7 +99,7 @@ def _seconds(
             )
             assert isinstance(module, SeftLinear)
             shape = (module.out_features, module.in_features)
-            problem = Problem(*shape, slots[name], str(dtype).removeprefix("torch."))
+            problem = Problem.of(shape, slots[name], dtype)
             module.seft_runtime = _Runtime(problem, costs, device)
     model.enable_input_require_grads()
     model.train()

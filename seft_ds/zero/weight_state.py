@@ -79,9 +79,7 @@ class WeightState:
         self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
         self.not_finite = torch.zeros((), dtype=torch.bool, device=engine.device)  # by backward
-        self.problem = Problem(
-            *self.target.shape, self.target.n_slots, str(self.weight.dtype).removeprefix("torch.")
-        )
+        self.problem = Problem.of(self.target.shape, self.target.n_slots, self.weight.dtype)
         self.kernel_costs = KernelCosts()
 
     def _first_slots(self) -> SlotTable:
