@@ -27,8 +27,9 @@ BLOCK = 256  # entries that share a scale in bitsandbytes' 8-bit state
 SMALLEST_8BIT = 4096  # bitsandbytes keeps smaller tensors in 32 bits (its min_8bit_size)
 # Per slot: the codes of positions (int64), slot numbers (int64), and whether it was born dead.
 _TABLE_BYTES = 8 + 8 + 1
-# Per position that an exchange weighs: worth (fp32), live, held, and a selection's keys and candidates.
-_EXCHANGE_BYTES = 4 + 1 + 1 + 4 + 4
+# Per position that an exchange weighs: its worth in fp32, and the lists of what it moves, int64 both ways.
+# Of one weight at a time: live, held, keys, what may be chosen, and its indices.
+_EXCHANGE_BYTES, _EXCHANGE_TRANSIENT = 4, 1 + 1 + 4 + 4 + 4 + 8
 # Moments of 4 bytes an optimizer keeps for each entry, by a part of its lower-case name.
 _MOMENTS = {"ademamix": 3, "lion": 1, "adagrad": 1, "adam": 2}
 
@@ -156,7 +157,11 @@ def plan(
     result.device |= buffers(targets, others, setup)
     if config.dense_model is not None:
         weighed = sum(_owned(t, setup) for t in targets if t.pattern is None)
-        result.device["exchange"] = weighed * _EXCHANGE_BYTES
+        largest = max((_owned(t, setup) for t in targets if t.pattern is None), default=0)
+        moved = round(2 * 8 * config.exchange * weighed)
+        result.device["exchange"] = (
+            weighed * _EXCHANGE_BYTES + moved + largest * _EXCHANGE_TRANSIENT
+        )
     result.device |= passing or {}
     return result
 

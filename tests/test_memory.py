@@ -137,5 +137,5 @@ def test_the_table_of_configs_is_the_planners() -> None:
 def test_an_exchange_weighs_every_position_but_those_of_patterns() -> None:
     config = parse_seft({"dense_model": "dense"})
     got = plan(TARGETS, [], Setup(3, 2), config, 100).device["exchange"]
-    assert got == (48 + 8) * 14  # the halves of a and c
+    assert got == (48 + 8) * 4 + round(16 * 0.05 * 56) + 48 * 22  # the halves of a and c
     assert "exchange" not in plan(TARGETS, [], Setup(3, 2), parse_seft({}), 100).device

@@ -9,21 +9,34 @@ the choice is the same on any number of ranks (ties: lowest position first).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.distributed.selection import select
-from seft_ds.sparse import radix
+from seft_ds.distributed.selection import above_cut, find_cuts, select
+from seft_ds.sparse import mask, radix
 
 
 @dataclass
 class Stakes:
-    """This rank's shard of one weight."""
+    """This rank's shard of one weight: little for each position, since all weights are weighed at once."""
 
     worth: torch.Tensor  # fp32 (n,), at least 0; of a dead position that can't come back: 0
-    live: torch.Tensor  # bool (n,)
-    held: torch.Tensor  # bool (n,): a slot holds it, so that it stays
+    live_bits: torch.Tensor  # packed (n,)
+    held_at: torch.Tensor  # (s,) int64, indices of positions that a slot holds, so that they stay
+
+    @property
+    def live(self) -> torch.Tensor:
+        """Bool (n,)."""
+        return mask.unpack(self.live_bits, self.worth.numel())
+
+    @property
+    def held(self) -> torch.Tensor:
+        """Bool (n,)."""
+        held = torch.zeros(self.worth.numel(), dtype=torch.bool, device=self.worth.device)
+        held[self.held_at] = True
+        return held
 
 
 @dataclass
@@ -47,19 +60,19 @@ def plan_exchange(
     Returns:
         The changes of each weight, and of each group how many would have paid off.
     """
-    device = stakes[0].live.device
+    device = stakes[0].worth.device
     counts = torch.zeros(len(most), dtype=torch.int64, device=device)
     for g, s in zip(group, stakes, strict=True):
         counts[g] += s.live.sum()
     live = ranks.sum_(counts).tolist()
-    best = select([_keys_of_all(s) for s in stakes], group, live, ranks)
+    every = [partial(_keys_of_all, s) for s in stakes]
     counts.zero_()
-    for g, s, kept in zip(group, stakes, best, strict=True):
-        counts[g] += (~s.live[kept]).sum()
+    for g, s, keys, cut in zip(group, stakes, every, find_cuts(every, group, live, ranks)):
+        counts[g] += (~s.live[above_cut(keys, cut)]).sum()
     paying = ranks.sum_(counts).tolist()
     k = [min(a, b) for a, b in zip(paying, most, strict=True)]
-    revived = select([_keys_of_dead(s) for s in stakes], group, k, ranks)
-    pruned = select([_keys_of_live(s) for s in stakes], group, k, ranks)
+    revived = select([partial(_keys_of_dead, s) for s in stakes], group, k, ranks)
+    pruned = select([partial(_keys_of_live, s) for s in stakes], group, k, ranks)
     return [Exchange(r, p) for r, p in zip(revived, pruned, strict=True)], paying
 
 

@@ -9,14 +9,20 @@ is the k best by (key, then lower position first), whatever the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
 import torch
 
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.sparse import radix
 
+# The keys of one weight, or what makes them anew each time (three times), so that not all are there at once.
+Keys: TypeAlias = torch.Tensor | Callable[[], torch.Tensor]
+
 
 def select(
-    keys: list[torch.Tensor], group: list[int], k: list[int], ranks: Ranks
+    keys: Sequence[Keys], group: list[int], k: list[int], ranks: Ranks
 ) -> list[torch.Tensor]:
     """Choose the k[g] largest keys among all weights w with group[w] == g, over all ranks.
 
@@ -29,27 +35,48 @@ def select(
     Returns:
         One int64 tensor a weight: ascending indices into this rank's shard.
     """
-    device = keys[0].device
+    cuts = find_cuts(keys, group, k, ranks)
+    return [above_cut(shard, cut) for shard, cut in zip(keys, cuts, strict=True)]
+
+
+def find_cuts(
+    keys: Sequence[Keys], group: list[int], k: list[int], ranks: Ranks
+) -> list[tuple[int, int]]:
+    """What `select` chooses, as one (key of the k-th, how many of that key this rank takes) a weight."""
+    device = _read(keys[0]).device
     remaining = torch.tensor(k, dtype=torch.int64, device=device)
     threshold = torch.zeros(len(k), dtype=torch.int64, device=device)
-    candidates = [shard[shard >= 0] for shard in keys]
+    candidates = list(keys)
     for shift, bits in radix.DIGITS:
         counts = torch.zeros(len(k), 1 << bits, dtype=torch.int64, device=device)
         for g, shard in zip(group, candidates, strict=True):
-            counts[g] += radix.histogram(shard, shift, bits)
+            counts[g] += radix.histogram(_possible(shard), shift, bits)
         ranks.sum_(counts)
         chosen, remaining = radix.narrow(counts, remaining)
         threshold = (threshold << bits) | chosen
         candidates = [
-            shard[radix.digit(shard, shift, bits) == chosen[g]]
+            _with_digit(shard, shift, bits, chosen[g])
             for g, shard in zip(group, candidates, strict=True)
         ]
-    ties = torch.tensor([shard.numel() for shard in candidates], dtype=torch.int64, device=device)
+    ties = torch.tensor([_read(s).numel() for s in candidates], dtype=torch.int64, device=device)
     share = _share_ties(ranks.gather(ties), group, remaining.tolist(), ranks.rank)
-    return [
-        _chosen(shard, int(threshold[g]), take)
-        for shard, g, take in zip(keys, group, share, strict=True)
-    ]
+    return [(int(threshold[g]), take) for g, take in zip(group, share, strict=True)]
+
+
+def _read(keys: Keys) -> torch.Tensor:
+    return keys if isinstance(keys, torch.Tensor) else keys()
+
+
+def _possible(keys: Keys) -> torch.Tensor:
+    """The keys (m,) that may be chosen."""
+    found = _read(keys)
+    return found[found >= 0]
+
+
+def _with_digit(keys: Keys, shift: int, bits: int, wanted: torch.Tensor) -> torch.Tensor:
+    """The keys (m,) that may be chosen and have this digit."""
+    found = _possible(keys)
+    return found[radix.digit(found, shift, bits) == wanted]
 
 
 def _share_ties(
@@ -70,11 +97,13 @@ def _share_ties(
     return share
 
 
-def _chosen(keys: torch.Tensor, threshold: int, take: int) -> torch.Tensor:
-    above = (keys > threshold).nonzero().squeeze(1)
+def above_cut(keys: Keys, cut: tuple[int, int]) -> torch.Tensor:
+    """Ascending indices into this rank's shard of what a cut chooses."""
+    (threshold, take), found = cut, _read(keys)
+    above = (found > threshold).nonzero().squeeze(1)
     if take == 0:
         return above
-    ties = (keys == threshold).nonzero().squeeze(1)[:take]
+    ties = (found == threshold).nonzero().squeeze(1)[:take]
     return torch.cat([above, ties]).sort().values
 
 

@@ -191,10 +191,9 @@ class WeightState:
         device, live = self.live_bits.device, self.live()
         before = dense.read(self.target.name, lo, lo + weight.numel()).to(weight.dtype)
         value = torch.where(live, weight.to(device), before.to(device))
-        held = torch.zeros_like(live)
-        held[self.slots.position[self.slots.between(self.lo, self.hi)] - self.lo] = True
+        held_at = self.slots.position[self.slots.between(self.lo, self.hi)] - self.lo
         vectors = self.curvature.output, self.curvature.input
-        return Stakes(worth(value, lo, *vectors), live, held)
+        return Stakes(worth(value, lo, *vectors), self.live_bits, held_at)
 
     def exchange(self, change: Exchange, dense: DenseModel) -> None:
         """Carry out a planned exchange: mask and weight. A collective where ranks hold whole weights."""

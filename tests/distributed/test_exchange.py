@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from seft_ds.distributed.exchange import Stakes, plan_exchange
+from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
 from tests.ranks import run_threads
 
 RANKS = [1, 2, 3, 4, 7]
 SIZES = [60, 7, 33]
+
+
+def stakes_of(worth: torch.Tensor, live: torch.Tensor, held: torch.Tensor) -> Stakes:
+    return Stakes(worth, mask.pack(live), held.nonzero().squeeze(1))
 
 
 def random_stakes(seed: int, kind: str) -> list[Stakes]:
@@ -25,7 +30,7 @@ def random_stakes(seed: int, kind: str) -> list[Stakes]:
             worth = torch.full((n,), float(kind == "equal"))
         live = torch.rand(n, generator=g) < 0.5
         held = live & (torch.rand(n, generator=g) < 0.2)
-        found.append(Stakes(worth, live, held))
+        found.append(stakes_of(worth, live, held))
     return found
 
 
@@ -70,7 +75,7 @@ def test_the_same_as_the_reference_on_any_ranks(kind: str, group: list[int], sha
             def work(ranks, stakes=stakes, most=most):
                 ranges = [shard_range(n, ranks.rank, ranks.size) for n in SIZES]
                 mine = [
-                    Stakes(*(t[lo:hi].clone() for t in (s.worth, s.live, s.held)))
+                    stakes_of(*(t[lo:hi].clone() for t in (s.worth, s.live, s.held)))
                     for s, (lo, hi) in zip(stakes, ranges, strict=True)
                 ]
                 changes, paying = plan_exchange(mine, group, most, ranks)
