@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from seft_ds.report.facts import Facts, split_name
+from seft_ds.report.facts import Facts, base_name, split_name
 
 CARD_NAME = "README.md"
 
@@ -33,12 +33,6 @@ def model_card(sparsity: dict[str, Any], facts: Facts | None, title: str) -> str
     lines = [*front, "", f"# {title}", "", _opening(sparsity, base), "", *_table(sparsity), ""]
     lines += _training(facts) if facts and facts.losses else []
     return "\n".join(lines + _LOADING) + "\n"
-
-
-def base_name(model: str) -> str:
-    """A hub name as it is; of a path only the last part, as paths mean nothing elsewhere."""
-    is_path = model.count("/") > 1 or model.startswith(("/", ".", "~")) or "\\" in model
-    return PurePath(model.replace("\\", "/")).name if is_path else model
 
 
 def _opening(sparsity: dict[str, Any], base: str) -> str:

@@ -21,6 +21,7 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.report.journal import JOURNAL_NAME
 from seft_ds.train.arguments import Arguments
+from seft_ds.train.reproduce import command_line
 from seft_ds.train.run_dir import LOCK_NAME, RunLock, set_aside
 from seft_ds.train.trainer import SparseSFTTrainer
 
@@ -180,6 +181,7 @@ def run_facts(arguments: Arguments) -> dict[str, Any]:
             "seed": run.seed,
             **method_facts(arguments),
         },
+        "resolved": resolved(arguments),
         "hardware": hardware(),
     }
 
@@ -197,7 +199,7 @@ def record_facts(arguments: Arguments) -> dict[str, Any]:
     """What `sparsity.json` says of the run beside what the engine knows."""
     return {
         "method": arguments.method.method,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         **method_facts(arguments),
     }
 
