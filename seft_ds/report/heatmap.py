@@ -22,9 +22,11 @@ def heatmap(
     values: Sequence[Sequence[float]],  # [projection][layer], 0 or more
     what: str,
     number: Number,
+    least: float = 0.0,
 ) -> str:
-    """The figure. what: the quantity, in a few words; number: how a value of it is written."""
-    top = max((max(row) for row in values if row), default=0.0)
+    """The figure. what: the quantity, in a few words; number: how a value of it is written; least: palest."""
+    top = max((max(row) for row in values if row), default=least)
+    reach = (top - least) or 1.0
     cell = (_WIDTH - _LABELS) / max(len(layers), 1)
     bottom = _TOP + _ROW * len(projections)
     parts = [
@@ -37,7 +39,7 @@ def heatmap(
         parts.append(_text(_LABELS - 4, middle + 3, name, "end"))
         for x, value in enumerate(row):
             title = escape(f"layer {layers[x]}, {projection}: {number(value)}")
-            opacity = _FAINTEST + (1 - _FAINTEST) * (value / top if top else 0.0)
+            opacity = _FAINTEST + (1 - _FAINTEST) * (value - least) / reach
             parts.append(
                 f'<rect x="{_LABELS + x * cell:.2f}" y="{_TOP + y * _ROW:g}" width="{0.94 * cell:.2f}" '
                 f'height="{0.94 * _ROW:.2f}" fill="var(--c1)" fill-opacity="{opacity:.3f}">'
@@ -46,7 +48,7 @@ def heatmap(
     stride = max(1, -(-len(layers) // _MOST_TICKS))
     for x in range(0, len(layers), stride):
         parts.append(_text(_LABELS + (x + 0.47) * cell, bottom + 11, str(layers[x]), "middle"))
-    return "".join([*parts, *_scale(bottom + 20, number(0.0), number(top)), "</svg>"])
+    return "".join([*parts, *_scale(bottom + 20, number(least), number(top)), "</svg>"])
 
 
 def numbers_table(

@@ -35,6 +35,8 @@ figcaption { font-weight:600; font-size:.95rem } figcaption small { display:bloc
 .wide:focus-visible { outline:2px solid var(--c1) }
 .bar { display:block; height:7px; min-width:1px; border-radius:2px; margin:2px 0 }
 td.bars { min-width:120px; width:40% } .half { max-width:640px }
+.text td { text-align:left; white-space:normal; overflow-wrap:anywhere } .text th { text-align:left }
+.wide + .figures { margin-top:1.4rem }
 span.key { display:inline-block; width:14px; margin:0 2px 0 8px }
 .planned { background:var(--c2) } .measured { background:var(--c1) }
 table { border-collapse:collapse; width:100%; font-size:.8rem; font-variant-numeric:tabular-nums }

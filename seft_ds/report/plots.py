@@ -45,6 +45,10 @@ _STYLE = {
     "text.parse_math": False,  # names of weights and tasks may hold a $
 }
 _MOST_POINTS = 1500
+# Legends stand above their figure, where they hide nothing.
+_ABOVE: dict[str, Any] = {
+    "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0, "columnspacing": 1,
+}  # fmt: skip
 Points = Sequence[tuple[int, float]]
 
 
@@ -68,7 +72,7 @@ def loss_curve(losses: Points, evals: Mapping[str, Points]) -> str:
                 right.plot(*zip(*points), color=color, marker="o", ms=4, lw=1, ls="--", label=name)
             right.set_ylabel(next(iter(shown)) if len(shown) == 1 else "evaluations")
             lines = [axes.get_lines()[-1], *right.get_lines()]
-            axes.legend(lines, ["training loss", *shown], loc="upper right")
+            axes.legend(lines, ["training loss", *shown], **_ABOVE)
 
     return _svg(draw, "loss", "Training loss over steps, with evaluations")
 
@@ -84,7 +88,7 @@ def live_deviation(points: Points, is_global: bool, last_step: int) -> str:
         reach = max(1, *(abs(value) for _, value in points)) * 1.25
         axes.set_xlim(0, last_step)
         axes.set_ylim(-reach, reach)
-        axes.legend(loc="upper right")
+        axes.legend(**_ABOVE)
 
     return _svg(draw, "live", "Live weights minus target after every event")
 
@@ -115,7 +119,7 @@ def fresh_updates(updates: Points, bounds: Points) -> str:
             *zip(*thin(updates)), color=ONE, ls="", marker=".", ms=5, label="largest fresh update"
         )
         axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
+        axes.legend(**_ABOVE)
 
     return _svg(draw, "fresh", "Largest fresh update against twice the learning rate")
 

@@ -56,7 +56,8 @@ def evolution(facts: Facts) -> str:
     layers, projections, sizes = update_sizes(facts)
     if layers:
         note = "root mean square of what the slots held at the end have learnt"
-        shown.append(_heatmap("Update sizes", note, layers, projections, sizes, _scientific))
+        least = min(value for row in sizes for value in row)
+        shown.append(_heatmap("Update sizes", note, layers, projections, sizes, _scientific, least))
     return before + (figures(shown) if shown else "")
 
 
@@ -91,11 +92,12 @@ def _heatmap(
     projections: list[str],
     values: list[list[float]],
     written: Number,
+    least: float = 0.0,
 ) -> Figure:
     head, rows = numbers_table(layers, projections, values, written)
     below = f"<details><summary>Numbers</summary>{table(head, rows)}</details>"
     what = f"{caption}, {note}"
-    return caption, note, heatmap(layers, projections, values, what, written) + below
+    return caption, note, heatmap(layers, projections, values, what, written, least) + below
 
 
 def _percent(value: float) -> str:
@@ -122,7 +124,7 @@ def _exchanges(facts: Facts) -> str:
         + table(
             ["step", "exchanged", "at most", "would have paid", "time", "traffic"],
             rows,
-            "wide narrow",
+            "wide half",
         )
     )
 
@@ -219,7 +221,7 @@ def circumstances(facts: Facts) -> str:
     return (
         f"<p>The command that runs it again, from the same folder.{started}</p>"
         f"<pre>{escape(str(command))}</pre><p>Environment</p>"
-        + table(["what", "is"], list(versions.items()) or [("none", "")], "wide narrow")
+        + table(["what", "is"], list(versions.items()) or [("none", "")], "wide half text")
         + "".join(_details(title, value) for title, value in settings)
     )
 
