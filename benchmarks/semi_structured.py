@@ -3,8 +3,8 @@
     python benchmarks/semi_structured.py MODEL_2OF4 --tokens 2048
 
 Needs a GPU with sparse tensor cores (compute capability 8.0 or later). **Untested**: written where there was
-none. `torch.sparse.to_sparse_semi_structured` takes a bf16 or fp16 weight whose every 4 consecutive inputs have at
-most 2 nonzero; the model's files stay as they are, the form is made after loading.
+none. `torch.sparse.to_sparse_semi_structured` takes a bf16 or fp16 weight whose every 4 consecutive inputs
+have at most 2 nonzero; the model's files stay as they are, the form is made after loading.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/serving_cpu.py --threads 1
 
 One weight of LLaMA's size, its zeros placed at random, times the hidden states of a decode step (1 token) and
-of a prefill (256 tokens). Dense GEMM in bf16 and fp32; torch.sparse's CSR in fp32 with int32 indices, which is
-what torch has for a CPU. Each way once a round, in turns, so that what else the machine does meets all of them;
-medians.
+of a prefill (256 tokens). Dense GEMM in bf16 and fp32; torch.sparse's CSR in fp32 with int32 indices, which
+is what torch has for a CPU. Each way once a round, in turns, so that what else the machine does meets all of
+them; medians.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def as_csr(weight: torch.Tensor) -> torch.Tensor:
     """The same in compressed rows: a value and an int32 column a live weight."""
     csr = weight.to_sparse_csr()
     rows, columns = csr.crow_indices().int(), csr.col_indices().int()
-    return torch.sparse_csr_tensor(rows, columns, csr.values(), weight.shape)
+    return torch.sparse_csr_tensor(
+        rows, columns, csr.values(), weight.shape, check_invariants=False
+    )
 
 
 def ways_of(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Way]:
