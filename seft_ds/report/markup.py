@@ -34,7 +34,7 @@ figcaption { font-weight:600; font-size:.95rem } figcaption small { display:bloc
 .wide { overflow-x:auto; border:1px solid var(--line); border-radius:8px }
 .wide:focus-visible { outline:2px solid var(--c1) }
 .bar { display:block; height:7px; min-width:1px; border-radius:2px; margin:2px 0 }
-td.bars { min-width:120px; width:40% } .half { max-width:640px }
+td.bars { min-width:56px; width:40% } .half { max-width:640px }
 .text td { text-align:left; white-space:normal; overflow-wrap:anywhere } .text th { text-align:left }
 .wide + .figures { margin-top:1.4rem }
 span.key { display:inline-block; width:14px; margin:0 2px 0 8px }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from html import escape
 from typing import Any
 
@@ -220,10 +221,24 @@ def circumstances(facts: Facts) -> str:
         settings.append(("Everything that was set, defaults included", run["resolved"]))
     return (
         f"<p>The command that runs it again, from the same folder.{started}</p>"
-        f"<pre>{escape(str(command))}</pre><p>Environment</p>"
+        f"<pre>{escape(in_lines(str(command)))}</pre><p>Environment</p>"
         + table(["what", "is"], list(versions.items()) or [("none", "")], "wide half text")
         + "".join(_details(title, value) for title, value in settings)
     )
+
+
+def in_lines(command: str) -> str:
+    """A command with a line for each flag, as a shell takes it; unchanged if its quotes don't match."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--") and any(w.endswith(".py") for w in lines[0]):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines))
 
 
 def _details(title: str, value: Any) -> str:

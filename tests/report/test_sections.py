@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 
@@ -10,6 +11,7 @@ from seft_ds.report.facts import facts_of, memory_rows, overlap, update_sizes
 from seft_ds.report.heatmap import heatmap, numbers_table
 from seft_ds.report.journal import Journal, read_journal
 from seft_ds.report.page import page
+from seft_ds.report.sections import in_lines
 from tests.report.test_page import _Page
 
 NAMES = [f"model.layers.{x}.{p}" for x in (0, 1) for p in ("self_attn.q_proj", "mlp.up_proj")]
@@ -102,10 +104,20 @@ def test_a_second_start_forgets_what_the_first_measured() -> None:
 
 def test_circumstances_name_command_machine_and_every_setting() -> None:
     text, shown = _shown(RECORDS)
-    assert RUN["command"] in shown and "2026-11-26T10:00:00" in shown
+    assert "launch/finetune.py \\ --output_dir 'my run'" in shown and "2026-11-26T10:00:00" in shown
     assert '"weight_decay": 0.125' in shown and "A &lt;fast&gt; one" in text
     headline = text[: text.index("<section")]
     assert "wanda-60" in headline and "/somewhere" not in headline
+
+
+def test_a_command_has_a_line_for_each_flag_and_means_the_same() -> None:
+    command = "deepspeed --num_gpus 2 launch/finetune.py --a 'x --y' --b=1 --c 2 3"
+    lines = in_lines(command)
+    assert lines.splitlines() == [
+        "deepspeed --num_gpus 2 launch/finetune.py \\", "  --a 'x --y' \\", "  --b=1 \\", "  --c 2 3",
+    ]  # fmt: skip
+    assert shlex.split(lines.replace("\\\n", " ")) == shlex.split(command)
+    assert in_lines("an open ' quote") == "an open ' quote" and in_lines("") == ""
 
 
 @pytest.mark.parametrize("broken", [None, 5, [1], {"x": None}, {"x": [1]}, {"x": "y"}])
