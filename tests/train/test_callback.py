@@ -78,7 +78,7 @@ def test_an_existing_trainer_script_with_one_callback(tmp_path: Path) -> None:
 def check_measurements(records: list[dict]) -> None:
     """What the run measured of itself agrees with what it says when it ends."""
     last = {r["target"]: r for r in records if r["kind"] == "event"}
-    assert sum(r["changed"] for r in last.values()) == records[-1]["changed_positions"] > 0
+    assert sum(r["changed"] for r in last.values()) == records[-1]["changed_positions"]
     memory, deltas = (next(r for r in records if r["kind"] == k) for k in ("memory", "deltas"))
     assert (
         memory["measured"]["weights"] > 0 and memory["peak_bytes"] > memory["measured"]["weights"]
