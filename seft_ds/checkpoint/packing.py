@@ -223,8 +223,11 @@ def _contents_of(folder: Path) -> tuple[dict[str, FileEntry], dict[str, dict[str
         plain = re.fullmatch(r"[^/\\]+\.safetensors", name) and _packed_name(name) in entries
         if not plain or not _is_whole(about_file):
             raise ValueError(f"{folder / MANIFEST_NAME}: what it says of {shown(name)} is damaged")
-    if any(name.startswith(f"{SIDE}/") and name.count("/") > 1 for name in entries):
-        raise ValueError(f"{folder}: {SIDE}/ holds folders; it was not written by launch/pack.py")
+    sides = {name.removeprefix(f"{SIDE}/") for name in entries if name.startswith(f"{SIDE}/")}
+    if sides & set(files) or any("/" in name for name in sides):
+        raise ValueError(
+            f"{folder}: {SIDE}/ has folders or weights; launch/pack.py did not write it"
+        )
     problems = find_problems(folder, contents=False)
     if problems:
         raise ValueError(f"{folder} is damaged: {'; '.join(problems[:3])}; fetch it anew")

@@ -51,9 +51,8 @@ class _Answers(BaseHTTPRequestHandler):
                 else:
                     content = base64.b64decode(record["value"]["content"])
                     self.server.files[record["value"]["path"]] = content
-            self._say(
-                {"success": True, "commitUrl": "http://127.0.0.1/commit/abc", "commitOid": "a" * 40}
-            )  # fmt: skip
+            where = f"http://127.0.0.1:{self.server.server_port}/owner/name/commit/abc"
+            self._say({"success": True, "commitUrl": where, "commitOid": "a" * 40})
         else:
             self._say({"errors": [], "warnings": []})
 
