@@ -138,6 +138,7 @@ def event_cost(seconds: Points, mebibytes: Points, last_step: int) -> str:
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
         below.set_xlim(0, last_step)
+        below.xaxis.get_major_locator().set_params(integer=True)
         below.set_xlabel("step")
 
     return _svg(draw, "cost", "Seconds and MiB of events per step", 3.2)

@@ -176,14 +176,19 @@ def run_facts(arguments: Arguments) -> dict[str, Any]:
             "gradient_accumulation_steps": run.gradient_accumulation_steps,
             "max_length": run.max_length,
             "learning_rate": run.learning_rate,
-            "lr_scheduler_type": str(run.lr_scheduler_type),
-            "optim": str(run.optim),
+            "lr_scheduler_type": plain(run.lr_scheduler_type),
+            "optim": plain(run.optim),
             "seed": run.seed,
             **method_facts(arguments),
         },
         "resolved": resolved(arguments),
         "hardware": hardware(),
     }
+
+
+def plain(value: Any) -> str:
+    """The word that a user would write for one of transformers' choices."""
+    return str(getattr(value, "value", value))
 
 
 def method_facts(arguments: Arguments) -> dict[str, Any]:
