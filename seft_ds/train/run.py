@@ -75,15 +75,20 @@ def train_slots(job: Job) -> None:
         callback.close_signals()
 
 
-def plan_memory(job: Job, model: Any, targets: list[Target]) -> Plan:
-    """Bytes of each part on a rank, predicted."""
+def plan_memory(job: Job, model: Any, targets: list[Target]) -> Plan | None:
+    """Bytes of each part on a rank, predicted; None for a model whose config names its sizes otherwise."""
     run = job.arguments.run
     dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
-    return plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
+    try:
+        return plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
+    except AttributeError:
+        return None  # the run doesn't need it
 
 
-def describe_plan(job: Job, planned: Plan) -> str:
+def describe_plan(job: Job, planned: Plan | None) -> str:
     """The plan as a table."""
+    if planned is None:
+        return "no plan of memory: this model's config does not name its sizes as LLaMA's does"
     ranks = job.arguments.run.world_size
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
     return f"memory of a rank during training, on {ranks} ranks\n{table(planned, here)}"
