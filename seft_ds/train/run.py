@@ -52,7 +52,7 @@ def train_slots(job: Job) -> None:
     targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]
     check_loaded(targets, job.folder)
     planned = plan_memory(job, model, targets)
-    if job.arguments.run.dry_run:
+    if job.arguments.run.dry_run and planned is not None:
         job.say(describe_plan(job, planned))
     callback = SeftCallback(journal_dir=job.output, about=run_facts(job.arguments))
     callback.memory.plan = planned
@@ -76,19 +76,24 @@ def train_slots(job: Job) -> None:
 
 
 def plan_memory(job: Job, model: Any, targets: list[Target]) -> Plan | None:
-    """Bytes of each part on a rank, predicted; None for a model whose config names its sizes otherwise."""
+    """Bytes of each part on a rank, predicted; None where that can't be said.
+
+    Raises:
+        ValueError, AttributeError: in a dry run only. A real one does without, and what the engine refuses is
+            told by the engine.
+    """
     run = job.arguments.run
     dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
     try:
         return plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
-    except AttributeError:
-        return None  # the run doesn't need it
+    except (ValueError, AttributeError):
+        if run.dry_run:
+            raise
+        return None
 
 
-def describe_plan(job: Job, planned: Plan | None) -> str:
+def describe_plan(job: Job, planned: Plan) -> str:
     """The plan as a table."""
-    if planned is None:
-        return "no plan of memory: this model's config does not name its sizes as LLaMA's does"
     ranks = job.arguments.run.world_size
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
     return f"memory of a rank during training, on {ranks} ranks\n{table(planned, here)}"
