@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -56,7 +57,12 @@ USES = [
 
 
 def shapes_of(name: str, config_name: str) -> Shapes:
-    """Shapes of a LLaMA-like model at half sparsity, on the meta device."""
+    """Shapes of a LLaMA-like model at half sparsity."""
+    return shapes_of_model(model_of(name), parse_seft(seft_block(config_name)), 0.5)
+
+
+def model_of(name: str) -> Any:
+    """The model on the meta device, without weights."""
     hidden, mlp, layers, heads, key_heads, vocabulary = MODELS[name]
     tied = name.startswith("Smol")
     config = LlamaConfig(
@@ -64,8 +70,7 @@ def shapes_of(name: str, config_name: str) -> Shapes:
         num_key_value_heads=key_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return shapes_of_model(model, parse_seft(seft_block(config_name)), 0.5)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def seft_block(config_name: str) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import headline, repair
+from benchmarks import figures, hardware_table, headline, repair
 from benchmarks.blocks import put_block, split_at_block
 
 
@@ -48,3 +48,18 @@ def test_the_results_are_those_of_the_cells(
     )  # fmt: skip
     for made in (table, numbers):
         assert made.read_text() == (headline.RESULTS / made.name).read_text(), made.name
+
+
+def test_the_readme_shows_what_the_planner_says_of_gpus() -> None:
+    readme = hardware_table.ROOT / "README.md"
+    assert split_at_block(readme, hardware_table.BLOCK)[1] == hardware_table.table(), (
+        "run python benchmarks/hardware_table.py --write"
+    )
+
+
+def test_the_figures_are_those_of_the_script() -> None:
+    for name, text in figures.figures().items():
+        assert (figures.IMAGES / name).read_text() == text, "run python benchmarks/figures.py"
+    before, after = figures.BEFORE, figures.AFTER
+    assert figures.live(before) == figures.live(after)  # or the figure would show something else
+    assert "".join(before).count("S") == "".join(after).count("S")

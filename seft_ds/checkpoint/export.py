@@ -175,7 +175,7 @@ def copy_side_files(source_dir: str | Path, destination: Path, dtype: torch.dtyp
     source = Path(source_dir)
     if source.is_dir():
         for path in sorted(source.iterdir()):
-            if path.is_file() and _is_side_file(path.name):
+            if path.is_file() and is_side_file(path.name):
                 if path.stat().st_size > _SIDE_BYTES:
                     raise ValueError(
                         f"{path} has {path.stat().st_size} bytes: no part of a tokenizer"
@@ -210,7 +210,7 @@ def config_for_plain_weights(config: dict[str, Any], dtype: torch.dtype) -> dict
     return out
 
 
-def _is_side_file(name: str) -> bool:
+def is_side_file(name: str) -> bool:
     if name in _NOT_OF_THE_MODEL or name.endswith(".index.json"):
         return False
     return Path(name).suffix in _SIDE_SUFFIXES or name.upper().startswith(_LEGAL_PREFIXES)

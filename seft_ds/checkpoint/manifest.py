@@ -62,12 +62,14 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
         raise ValueError(f"{path}: the format reserves the name '__metadata__'; rename that tensor")
     infos = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     head, starts = file_header(infos)  # starts: in the order of the file
-    return _write(path, itertools.chain([head], (_bytes_of(tensors[name]) for name in starts)))
+    return write_pieces(
+        path, itertools.chain([head], (_bytes_of(tensors[name]) for name in starts))
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> FileEntry:
     """Write a small file and sync it."""
-    return _write(path, [data])
+    return write_pieces(path, [data])
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -240,7 +242,7 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
 # Parts of writing
 
 
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for piece in pieces:

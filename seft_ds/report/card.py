@@ -3,42 +3,71 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from seft_ds.report.facts import Facts, split_name
+from seft_ds.report.facts import Facts, base_name, eval_points, split_name
 
 CARD_NAME = "README.md"
 
 
+Measured = tuple[str, str, float]  # text or task, metric, value
+
+
 def write_model_card(
-    run_dir: str | Path, sparsity: dict[str, Any], facts: Facts | None = None
+    run_dir: str | Path,
+    sparsity: dict[str, Any],
+    facts: Facts | None = None,
+    evaluations: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write the model card beside the model; returns its path.
 
-    `sparsity` is the content of `sparsity.json`; `facts` adds the course of the run, if there was one.
+    `sparsity` is the content of `sparsity.json`; `facts` adds the course of the run, if there was one;
+    `evaluations`: what launch/evaluate.py wrote of this model.
     """
     path = Path(run_dir) / CARD_NAME
-    path.write_text(model_card(sparsity, facts, Path(run_dir).resolve().name), encoding="utf-8")
+    measured = [row for results in evaluations for row in measured_in(results)]
+    text = model_card(sparsity, facts, Path(run_dir).resolve().name, measured)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def model_card(sparsity: dict[str, Any], facts: Facts | None, title: str) -> str:
+def measured_in(results: dict[str, Any]) -> list[Measured]:
+    """Perplexity and the tasks' metrics, without their errors, out of what launch/evaluate.py writes."""
+    rows: list[Measured] = []
+    text = results.get("perplexity")
+    if isinstance(text, dict) and is_number(text.get("perplexity")):
+        rows.append((str(text.get("text_file")), "perplexity", float(text["perplexity"])))
+    tasks = results.get("tasks")
+    found = tasks.get("results") if isinstance(tasks, dict) else None
+    for task, metrics in found.items() if isinstance(found, dict) else ():
+        for name, value in metrics.items() if isinstance(metrics, dict) else ():
+            metric, _, kind = str(name).partition(",")
+            if is_number(value) and kind and not metric.endswith("_stderr"):
+                rows.append(
+                    (str(task), metric if kind == "none" else f"{metric} ({kind})", float(value))
+                )
+    return rows
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def model_card(
+    sparsity: dict[str, Any], facts: Facts | None, title: str, measured: Sequence[Measured] = ()
+) -> str:
     """The card as Markdown with a YAML front matter."""
     base = base_name(str(sparsity.get("base_model") or (facts and facts.run.get("model")) or ""))
     # JSON strings are YAML strings, whatever the name holds.
     front = ["---", *([f"base_model: {json.dumps(base)}"] if base else [])]
     front += ["library_name: transformers", "pipeline_tag: text-generation"]
-    front += ["tags:", "- sparse", "- seft", "---"]
+    front += ["tags:", "- sparse", "- seft", *_model_index(title, measured), "---"]
     lines = [*front, "", f"# {title}", "", _opening(sparsity, base), "", *_table(sparsity), ""]
+    lines += _evaluation(measured) if measured else []
     lines += _training(facts) if facts and facts.losses else []
     return "\n".join(lines + _LOADING) + "\n"
-
-
-def base_name(model: str) -> str:
-    """A hub name as it is; of a path only the last part, as paths mean nothing elsewhere."""
-    is_path = model.count("/") > 1 or model.startswith(("/", ".", "~")) or "\\" in model
-    return PurePath(model.replace("\\", "/")).name if is_path else model
 
 
 def _opening(sparsity: dict[str, Any], base: str) -> str:
@@ -73,17 +102,49 @@ def _table(sparsity: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _model_index(title: str, measured: Sequence[Measured]) -> list[str]:
+    """The results as a hub shows them beside the model; JSON is YAML."""
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": what, "type": what},
+            "metrics": [{"type": metric, "value": value}],
+        }
+        for what, metric, value in measured
+    ]
+    return [f"model-index: {json.dumps([{'name': title, 'results': results}])}"] if results else []
+
+
+def _evaluation(measured: Sequence[Measured]) -> list[str]:
+    rows = [
+        f"| {_cell(what)} | {_cell(metric)} | {value:.4g} |" for what, metric, value in measured
+    ]
+    return ["## Evaluation", "", "| | metric | value |", "|---|---|--:|", *rows, ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def _training(facts: Facts) -> list[str]:
     (first, start), (last, end) = facts.losses[0], facts.losses[-1]
     text = f"Training loss {start:.4g} at step {first:,}, {end:.4g} at step {last:,}"
     changes = f"; {facts.changes('evolution event')}" if facts.events else ""
     lines = ["## Fine-tuning", "", f"{text}{changes}.", ""]
-    for record in facts.evals[-5:]:
-        if record.get("value") is not None:
-            lines.append(
-                f"- {record.get('name')} at step {record['step']:,}: {record['value']:.4g}"
-            )
-    return [*lines, ""] if facts.evals else lines
+    evals = eval_points(facts)
+    if evals:
+        lines += ["| while it trained | first | last |", "|---|--:|--:|"]
+        for name, points in evals.items():
+            ends = [f"{value:.4g} (step {step:,})" for step, value in (points[0], points[-1])]
+            lines.append(f"| {_cell(name)} | {' | '.join(ends)} |")
+        lines.append("")
+    settings = facts.run.get("arguments")
+    shown = (
+        {k: v for k, v in settings.items() if k != "train"} if isinstance(settings, dict) else {}
+    )
+    if shown:
+        lines += [", ".join(f"{_cell(str(k))} {_cell(str(v))}" for k, v in shown.items()) + ".", ""]
+    return lines
 
 
 _LOADING = """## Use

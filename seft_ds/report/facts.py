@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 # The counts of an event that add up over events.
@@ -24,6 +25,11 @@ class Facts:
     events: list[dict[str, Any]] = field(default_factory=list)
     fresh: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
+    exchanges: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # whole; their weights are in events
+    memory: dict[str, Any] = field(default_factory=dict)
+    deltas: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -32,7 +38,8 @@ class Facts:
 
     @property
     def last_step(self) -> int:
-        return max((int(s["step"]) for s in self.steps), default=0)
+        """The last step that the journal knows."""
+        return max((int(s["step"]) for s in [*self.steps, *self.events]), default=0)
 
     def changes(self, event: str) -> str:
         """How often the topology changed, in words; "" if it never did. event: the word for an event."""
@@ -75,15 +82,19 @@ def facts_of(records: Iterable[dict[str, Any]]) -> Facts:
     """Sort a journal's records by kind; of records for the same thing the last one stands."""
     facts = Facts()
     kept: dict[str, dict[tuple, dict[str, Any]]] = {
-        k: {} for k in ("step", "event", "fresh", "eval")
+        k: {} for k in ("step", "event", "fresh", "eval", "exchange")
     }
     for record in records:
         kind = record["kind"]
         if kind == "run":
             facts.run, facts.starts, facts.end = record, facts.starts + 1, {}
+            facts.memory, facts.deltas = {}, {}
         elif kind == "end":
             facts.end = record
+        elif kind in ("memory", "deltas"):
+            setattr(facts, kind, record)
         elif kind == "exchange" and isinstance(record.get("step"), int):
+            kept["exchange"][(record["step"],)] = record
             for event in _as_events(record):
                 kept["event"][record["step"], event["target"], "exchange"] = event
         elif kind in kept and isinstance(record.get("step"), int):
@@ -94,6 +105,7 @@ def facts_of(records: Iterable[dict[str, Any]]) -> Facts:
         ("event", "events"),
         ("fresh", "fresh"),
         ("eval", "evals"),
+        ("exchange", "exchanges"),
     ):
         setattr(facts, name, [kept[kind][key] for key in sorted(kept[kind])])
     return facts
@@ -147,6 +159,48 @@ def deviations(facts: Facts) -> list[tuple[int, int]]:
     return [(step, max(offs, key=abs)) for step, offs in sorted(by_step.items())]
 
 
+def overlap(facts: Facts) -> list[tuple[int, float]]:
+    """(step, share of the first live weights that are live now), after each step with events.
+
+    As many positions left the mask as entered it, so of `changed` positions half were live at the start.
+    """
+    live = sum(number(t.get("live")) for t in facts.targets)
+    if not live or not any("changed" in e for e in facts.events):
+        return []
+    changed: dict[str, float] = {}
+    by_step: dict[int, float] = {0: 1.0}
+    for event in facts.events:
+        changed[bare(event["target"])] = number(event.get("changed"))
+        by_step[event["step"]] = max(0.0, 1 - sum(changed.values()) / 2 / live)
+    return sorted(by_step.items())
+
+
+def update_sizes(facts: Facts) -> tuple[list[int], list[str], list[list[float]]]:
+    """Layers, projections, and [projection][layer]: root mean square of the deltas when training ended."""
+    found = facts.deltas.get("targets")
+    values: dict[tuple[int, str], list[float]] = {}
+    for name, sizes in found.items() if isinstance(found, dict) else ():
+        layer, projection = split_name(name)
+        if layer is not None and isinstance(sizes, dict):
+            values.setdefault((layer, projection), []).append(number(sizes.get("rms")))
+    layers = sorted({layer for layer, _ in values})
+    projections = list(dict.fromkeys(projection for _, projection in values))
+    means = {place: sum(v) / len(v) for place, v in values.items()}
+    return layers, projections, [[means.get((x, p), 0.0) for x in layers] for p in projections]
+
+
+def memory_rows(facts: Facts) -> list[tuple[str, float | None, float | None]]:
+    """(part, planned bytes, measured bytes), either None where it isn't known."""
+    sides = [facts.memory.get(key) for key in ("planned", "measured")]
+    planned, measured = (side if isinstance(side, dict) else {} for side in sides)
+
+    def value(side: dict[str, Any], part: str) -> float | None:
+        return number(side[part]) if part in side else None
+
+    parts = dict.fromkeys([*measured, *planned])
+    return [(part, value(planned, part), value(measured, part)) for part in parts]
+
+
 def per_step(events: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, sum of `key` over the step's events)."""
     sums: dict[int, float] = {}
@@ -191,9 +245,11 @@ def churn(facts: Facts, key: str) -> tuple[list[int], list[str], list[list[float
 
 
 def by_projection(facts: Facts) -> list[dict[str, Any]]:
-    """A row per projection: tensors, weights, live, slots at the start, and the churn over all events."""
+    """A row per projection: tensors, weights, live, slots at the start, the churn over all events, and how
+    many are live after them."""
     rows: dict[str, dict[str, Any]] = {}
-    empty = {"tensors": 0, "weights": 0, "live": 0, "slots": 0, "events": 0}
+    live = {bare(t["name"]): int(number(t.get("live"))) for t in facts.targets}
+    empty = {"tensors": 0, "weights": 0, "live": 0, "slots": 0, "events": 0, "live_after": 0}
     empty |= dict.fromkeys(CHURN_KEYS, 0)
     for target in facts.targets:
         name = split_name(target["name"])[1]
@@ -209,13 +265,32 @@ def by_projection(facts: Facts) -> list[dict[str, Any]]:
         name = split_name(event["target"])[1]
         row = rows.setdefault(name, {"projection": name, **empty})
         row["events"] += 1
+        live[bare(event["target"])] = int(number(event.get("live")))
         for key in CHURN_KEYS:
             row[key] += int(number(event.get(key)))
+    for name, count in live.items():
+        rows[split_name(name)[1]]["live_after"] += count
     return list(rows.values())
 
 
 def total_weights(facts: Facts) -> int:
     return sum(row["weights"] for row in by_projection(facts))
+
+
+def eval_points(facts: Facts) -> dict[str, list[tuple[int, float]]]:
+    """{name: [(step, value)]} of the finite evaluation values."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for record in facts.evals:
+        if record.get("value") is not None:
+            point = (record["step"], number(record["value"]))
+            out.setdefault(str(record.get("name")), []).append(point)
+    return out
+
+
+def base_name(model: str) -> str:
+    """A hub name as it is; of a path only the last part, as paths mean nothing elsewhere."""
+    is_path = model.count("/") > 1 or model.startswith(("/", ".", "~")) or "\\" in model
+    return PurePath(model.replace("\\", "/")).name if is_path else model
 
 
 def find_key(config: Any, key: str) -> Any:

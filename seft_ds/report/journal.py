@@ -3,10 +3,14 @@
     run     once a start: command, config, model, ranks, zero_stage, dtype, targets, versions
     step    step, loss, learning_rate, grad_norm; seconds, tokens (since the line before it)
     event   step, target, dropped, grown, kept, revived, died, folded, pruned, live, target_live,
-            slots, cut (moments that 8-bit state could not hold), seconds, bytes
+            changed (positions whose live bit differs from the start), slots, cut (moments that 8-bit
+            state could not hold), seconds, bytes
+    exchange step, exchanged, most, paying, targets (name: revived, pruned, live, changed), seconds, bytes
     skipped step, in_a_row, batches: a loss or gradient was not finite
     fresh   step, largest_update, by_target, learning_rate: the step after an event, fresh slots only
     eval    step, name, value
+    memory  step, planned, measured (bytes by part, of rank 0), peak_bytes, peak_of: when training ended
+    deltas  step, targets (name: rms, largest) of the slots held when training ended
     stop    step, why, checkpoint: a signal ended the run
     end     step, seconds, live, target_live, changed_positions
 
@@ -33,6 +37,7 @@ _NUMBERS = set(
     "loss learning_rate grad_norm seconds tokens live target_live slots bytes dropped grown".split()
 )
 _NUMBERS |= set("kept revived died folded pruned largest_update value changed_positions".split())
+_NUMBERS |= {"changed", "peak_bytes", "exchanged", "most", "paying"}
 
 
 class Journal:

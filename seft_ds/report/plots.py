@@ -14,7 +14,6 @@ from io import StringIO
 from typing import Any
 
 import matplotlib
-import matplotlib.patches
 from matplotlib.figure import Figure
 
 # Marker colours, unlikely to be produced by anything else, and what the page makes of them.
@@ -46,6 +45,10 @@ _STYLE = {
     "text.parse_math": False,  # names of weights and tasks may hold a $
 }
 _MOST_POINTS = 1500
+# Legends stand above their figure, where they hide nothing.
+_ABOVE: dict[str, Any] = {
+    "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0, "columnspacing": 1,
+}  # fmt: skip
 Points = Sequence[tuple[int, float]]
 
 
@@ -69,13 +72,13 @@ def loss_curve(losses: Points, evals: Mapping[str, Points]) -> str:
                 right.plot(*zip(*points), color=color, marker="o", ms=4, lw=1, ls="--", label=name)
             right.set_ylabel(next(iter(shown)) if len(shown) == 1 else "evaluations")
             lines = [axes.get_lines()[-1], *right.get_lines()]
-            axes.legend(lines, ["training loss", *shown], loc="upper right")
+            axes.legend(lines, ["training loss", *shown], **_ABOVE)
 
     return _svg(draw, "loss", "Training loss over steps, with evaluations")
 
 
-def live_deviation(points: Points, is_global: bool) -> str:
-    """Live weights minus target after each step with events."""
+def live_deviation(points: Points, is_global: bool, last_step: int) -> str:
+    """Live weights minus target after each step with events, over the whole run."""
 
     def draw(figure: Any) -> None:
         axes = _axes(figure, "step", "live − target (weights)")
@@ -83,38 +86,27 @@ def live_deviation(points: Points, is_global: bool) -> str:
         what = "sum over all weights" if is_global else "weight furthest off"
         axes.plot(*zip(*thin(points)), color=ONE, marker=".", ms=4, lw=1, label=what)
         reach = max(1, *(abs(value) for _, value in points)) * 1.25
+        axes.set_xlim(0, last_step)
         axes.set_ylim(-reach, reach)
-        axes.legend(loc="upper right")
+        axes.legend(**_ABOVE)
 
     return _svg(draw, "live", "Live weights minus target after every event")
 
 
-def churn_heatmap(
-    layers: list[int], projections: list[str], percent: list[list[float]], what: str
-) -> str:
-    """[projection][layer] in % of the live count, darker for more; `what` names the quantity."""
-    top = max((max(row) for row in percent), default=0.0) or 1.0
+def mask_overlap(points: Sequence[tuple[int, float]], last_step: int) -> str:
+    """Share of the first live weights that are live still, in %, over the whole run."""
 
     def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        for y, row in enumerate(percent):
-            for x, value in enumerate(row):
-                # One colour at varying opacity reads on a light page and on a dark one.
-                axes.add_patch(
-                    matplotlib.patches.Rectangle(
-                        (x, y), 0.94, 0.94, facecolor=ONE, alpha=0.06 + 0.94 * value / top, lw=0
-                    )
-                )
-        axes.set(xlim=(0, len(layers)), ylim=(len(projections), 0), xlabel="layer")
-        stride = max(1, -(-len(layers) // 10))
-        axes.set_xticks([i + 0.47 for i in range(0, len(layers), stride)], layers[::stride])
-        axes.set_yticks([i + 0.47 for i in range(len(projections))], map(_short, projections))
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_title(f"{what}: 0 (pale) to {top:.3g} % of live (full)", fontsize=9, loc="left")
+        axes = _axes(figure, "step", "% of the first mask")
+        steps, shares = zip(*thin(points))
+        percent = [100 * s for s in shares]
+        axes.step([*steps, last_step], [*percent, percent[-1]], where="post", color=ONE)
+        axes.plot(steps, percent, color=ONE, ls="", marker=".", ms=4)
+        axes.set_xlim(0, last_step)
+        low = 100 * min(shares)
+        axes.set_ylim(max(0.0, low - 0.15 * (100 - low) - 0.1), 100 + 0.05 * (100 - low) + 0.05)
 
-    height_inches = 1.0 + 0.24 * max(3, len(projections))
-    return _svg(draw, f"churn-{what}", f"{what} per layer and projection", height_inches)
+    return _svg(draw, "overlap", "Share of the first live weights that are live after each event")
 
 
 def fresh_updates(updates: Points, bounds: Points) -> str:
@@ -127,12 +119,12 @@ def fresh_updates(updates: Points, bounds: Points) -> str:
             *zip(*thin(updates)), color=ONE, ls="", marker=".", ms=5, label="largest fresh update"
         )
         axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
+        axes.legend(**_ABOVE)
 
     return _svg(draw, "fresh", "Largest fresh update against twice the learning rate")
 
 
-def event_cost(seconds: Points, mebibytes: Points) -> str:
+def event_cost(seconds: Points, mebibytes: Points, last_step: int) -> str:
     """Time and traffic of the events, per step that had any."""
 
     def draw(figure: Any) -> None:
@@ -145,6 +137,8 @@ def event_cost(seconds: Points, mebibytes: Points) -> str:
             axes.plot(*zip(*thin(points)), color=color, marker=".", ms=3, lw=1)
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
+        below.set_xlim(0, last_step)
+        below.xaxis.get_major_locator().set_params(integer=True)
         below.set_xlabel("step")
 
     return _svg(draw, "cost", "Seconds and MiB of events per step", 3.2)
@@ -167,10 +161,6 @@ def running_mean(points: Points) -> list[tuple[int, float]]:
         mean, weight = keep * mean + value, keep * weight + 1
         out.append((step, mean / weight))
     return out
-
-
-def _short(projection: str) -> str:
-    return projection.rsplit(".", 1)[-1]
 
 
 def _axes(figure: Any, xlabel: str, ylabel: str) -> Any:

@@ -6,7 +6,6 @@ so there are none: `parse` refuses `--save_strategy` and `--resume` for these me
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -31,6 +30,7 @@ from seft_ds.train.job import (
 )
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.opening import record_facts, run_facts
+from seft_ds.train.reproduce import command_line, machine
 from seft_ds.zero.initialize import bitsandbytes_class
 
 
@@ -57,7 +57,8 @@ class AdapterCallback(JournaledRun):
         block = self.job.arguments.deepspeed["seft"]
         record = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": " ".join(sys.argv),
+            "command": command_line(),
+            "machine": machine(),
             "model": str(self.job.folder.resolve()),
             "ranks": self.job.ranks.size,
             "zero_stage": self.job.arguments.deepspeed["zero_optimization"].get("stage", 0),

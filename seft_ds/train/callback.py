@@ -12,7 +12,6 @@ model), fixes the schedule when the number of steps is known, and keeps the jour
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from pathlib import Path
@@ -29,6 +28,8 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.errors import RunError
 from seft_ds.signals import active_request, watch_signals
 from seft_ds.train.journaling import JournaledRun
+from seft_ds.train.measuring import MemoryMeter, write_measurements
+from seft_ds.train.reproduce import command_line, machine
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
@@ -57,6 +58,7 @@ class SeftCallback(JournaledRun):
         self.hold_signals = False  # whoever sets it calls close_signals() later
         self.stopped_by: str | None = None  # the signal that ended training, on any rank
         self.model: Any = None
+        self.memory = MemoryMeter()  # whoever has a plan of memory sets its `plan`
 
     @property
     def engine(self) -> Any:
@@ -120,6 +122,8 @@ class SeftCallback(JournaledRun):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.journal is not None:
+            self.memory.look(self.engine)
         if self.seft.stopping and state.global_step < state.max_steps:
             # One rank may have had the signal; all agreed on it in this step.
             mine = self.seft.stop_request.name if self.seft.stop_request else None
@@ -160,6 +164,7 @@ class SeftCallback(JournaledRun):
                 where = str(self.last_checkpoint)
                 self.write("stop", step=state.global_step, why=self.stopped_by, checkpoint=where)
             return
+        write_measurements(self.seft, self.memory, None if self.journal is None else self.write)
         live, changed = sum(self.seft.live_counts()), sum(self.seft.changed_positions())
         if self.journal is not None:
             self.write(
@@ -187,7 +192,8 @@ class SeftCallback(JournaledRun):
         assert seft.schedule is not None
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": " ".join(sys.argv),
+            "command": command_line(),
+            "machine": machine(),
             "model": find_attached(self.model).source_dir,  # type: ignore[union-attr]
             "ranks": seft.ranks.size,
             "zero_stage": self.engine.zero_optimization_stage(),

@@ -21,6 +21,7 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.report.journal import JOURNAL_NAME
 from seft_ds.train.arguments import Arguments
+from seft_ds.train.reproduce import command_line
 from seft_ds.train.run_dir import LOCK_NAME, RunLock, set_aside
 from seft_ds.train.trainer import SparseSFTTrainer
 
@@ -175,13 +176,19 @@ def run_facts(arguments: Arguments) -> dict[str, Any]:
             "gradient_accumulation_steps": run.gradient_accumulation_steps,
             "max_length": run.max_length,
             "learning_rate": run.learning_rate,
-            "lr_scheduler_type": str(run.lr_scheduler_type),
-            "optim": str(run.optim),
+            "lr_scheduler_type": plain(run.lr_scheduler_type),
+            "optim": plain(run.optim),
             "seed": run.seed,
             **method_facts(arguments),
         },
+        "resolved": resolved(arguments),
         "hardware": hardware(),
     }
+
+
+def plain(value: Any) -> str:
+    """The word that a user would write for one of transformers' choices."""
+    return str(getattr(value, "value", value))
 
 
 def method_facts(arguments: Arguments) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def record_facts(arguments: Arguments) -> dict[str, Any]:
     """What `sparsity.json` says of the run beside what the engine knows."""
     return {
         "method": arguments.method.method,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         **method_facts(arguments),
     }
 

@@ -13,6 +13,7 @@ from seft_ds.checkpoint.model import save_model
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.distributed.liveness import current_watch
+from seft_ds.memory import Plan
 from seft_ds.targets import Target
 from seft_ds.train.adapters import train_adapters
 from seft_ds.train.arguments import model_dtype
@@ -50,9 +51,11 @@ def train_slots(job: Job) -> None:
     attach(model, job.arguments.deepspeed)
     targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]
     check_loaded(targets, job.folder)
-    if job.arguments.run.dry_run:
-        job.say(describe_plan(job, model, targets))
+    planned = plan_memory(job, model, targets)
+    if job.arguments.run.dry_run and planned is not None:
+        job.say(describe_plan(job, planned))
     callback = SeftCallback(journal_dir=job.output, about=run_facts(job.arguments))
+    callback.memory.plan = planned
     trainer = make_trainer(job, model, data, callback, describe_targets(targets))
     if trainer is None:
         return
@@ -72,13 +75,28 @@ def train_slots(job: Job) -> None:
         callback.close_signals()
 
 
-def describe_plan(job: Job, model: Any, targets: list[Target]) -> str:
-    """Bytes of each part on a rank, as a table."""
+def plan_memory(job: Job, model: Any, targets: list[Target]) -> Plan | None:
+    """Bytes of each part on a rank, predicted; None where that can't be said.
+
+    Raises:
+        ValueError, AttributeError: in a dry run only. A real one does without, and what the engine refuses is
+            told by the engine.
+    """
     run = job.arguments.run
     dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
-    result = plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or run.world_size)
-    return f"memory of a rank during training, on {run.world_size} ranks\n{table(result, here)}"
+    try:
+        return plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
+    except (ValueError, AttributeError):
+        if run.dry_run:
+            raise
+        return None
+
+
+def describe_plan(job: Job, planned: Plan) -> str:
+    """The plan as a table."""
+    ranks = job.arguments.run.world_size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+    return f"memory of a rank during training, on {ranks} ranks\n{table(planned, here)}"
 
 
 def how_to_go_on(callback: SeftCallback, output: Path) -> str:

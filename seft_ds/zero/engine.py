@@ -293,14 +293,15 @@ class SparseEvolution:
         before = self._held_live(ready)
         for i, change in changes.items():
             self.states[i].apply(change)
-        counts, cut, before_counts = self._count_after(ready, before)
+        counts, cut, before_counts, changed = self._count_after(ready, before)
         seconds, sent = time.perf_counter() - started, self.ranks.bytes - bytes_before
         self.n_events += len(ready)
         self.event_seconds += seconds
         self.event_bytes += sent
         share = {"seconds": seconds / len(ready), "bytes": sent // len(ready)}
-        for i, live, n_cut in zip(ready, counts, cut, strict=True):
-            self._record(self.states[i], changes[i], live=live, cut=n_cut, **share)
+        for i, live, n_cut, moved in zip(ready, counts, cut, changed, strict=True):
+            measured = {"live": live, "cut": n_cut, "changed": moved, **share}
+            self._record(self.states[i], changes[i], **measured)
         self._check_counts(ready, counts, before_counts, changes)
 
     def _by_rate(self, ready: list[int]) -> dict[float, list[int]]:
@@ -327,19 +328,20 @@ class SparseEvolution:
 
     def _count_after(
         self, ready: list[int], before: torch.Tensor
-    ) -> tuple[list[int], list[int], list[int]]:
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
         """Of each weight, over all ranks and by one sum: live positions, the moments of its fresh slots that
-        8-bit state cut, and live positions before the event (before: this rank's part)."""
+        8-bit state cut, live positions before the event (before: this rank's part), and positions whose
+        live bit differs from the start."""
         states = [self.states[i] for i in ready]
         live = self._held_live(ready)
         cut = torch.stack([s.cut_moments for s in states])
         if optimizer_state.is_replicated(self.engine):
             cut = cut * (self.ranks.rank == 0)  # every rank repairs every slot
-        sums = self.ranks.sum_(torch.cat([live, cut, before])).tolist()
+        changed = torch.tensor([s.changed() for s in states], device=live.device)
+        sums = self.ranks.sum_(torch.stack([live, cut, before, changed])).tolist()
         for state in states:
             state.cut_moments.zero_()
-        n = len(ready)
-        return sums[:n], sums[n : 2 * n], sums[2 * n :]
+        return tuple(sums)  # type: ignore[return-value]
 
     def _record(self, state: WeightState, change: Change, **measured: Any) -> None:
         self._tell(
@@ -394,8 +396,21 @@ class SparseEvolution:
     def changed_positions(self) -> list[int]:
         """Positions of each target whose live bit differs from the start."""
         device = self.states[0].live_bits.device
-        counts = [mask.count(s.live_bits ^ s.start_bits) for s in self.states]
+        counts = [s.changed() for s in self.states]
         return self.ranks.sum_(torch.tensor(counts, device=device)).tolist()
+
+    def delta_sizes(self) -> dict[str, dict[str, float]]:
+        """{target: root mean square and largest |δ| of the slots that it holds now}."""
+        sizes = {}
+        for bucket in self._buckets():
+            for i, delta in zip(bucket, self.gather_deltas(bucket), strict=True):
+                if delta.numel():
+                    rms, largest = delta.square().mean().sqrt(), delta.abs().max()
+                    sizes[self.states[i].target.name] = {
+                        "rms": float(rms),
+                        "largest": float(largest),
+                    }
+        return sizes
 
     def live_bits(self, target: int) -> torch.Tensor:
         """The whole live mask of one target, packed, on the CPU of every rank."""

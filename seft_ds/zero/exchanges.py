@@ -67,7 +67,7 @@ class Exchanges:
         for state, change in zip(self.states, changes, strict=True):
             state.exchange(change, self._dense)
         self._close()
-        revived, pruned, live = self._totals(
+        revived, pruned, live, changed = self._totals(
             [[c.revived.numel() for c in changes], [c.pruned.numel() for c in changes]]
         )
         assert sum(revived) == sum(pruned), "an exchange must not change the number of live weights"
@@ -77,8 +77,8 @@ class Exchanges:
             "most": sum(most),
             "paying": sum(paying),
             "targets": {
-                name: {"revived": r, "pruned": p, "live": n}
-                for name, r, p, n in zip(names, revived, pruned, live, strict=True)
+                name: {"revived": r, "pruned": p, "live": n, "changed": c}
+                for name, r, p, n, c in zip(names, revived, pruned, live, changed, strict=True)
             },
             "seconds": time.perf_counter() - started,
             "bytes": self._ranks.bytes - bytes_before,
@@ -89,7 +89,9 @@ class Exchanges:
             state.curvature = None
 
     def _totals(self, counts: list[list[int]]) -> list[list[int]]:
-        """Counts of each weight over all ranks, and behind them the live positions. One sum."""
+        """Counts of each weight over all ranks, behind them its live positions and those whose live bit
+        differs from the start. One sum."""
         device = self.states[0].live_bits.device
-        rows = [*counts, [mask.count(s.live_bits) for s in self.states]]
+        live = [mask.count(s.live_bits) for s in self.states]
+        rows = [*counts, live, [s.changed() for s in self.states]]
         return self._ranks.sum_(torch.tensor(rows, dtype=torch.int64, device=device)).tolist()

@@ -144,6 +144,10 @@ class WeightState:
         """Bool (hi - lo,): the live mask of the owned positions."""
         return mask.unpack(self.live_bits, self.hi - self.lo)
 
+    def changed(self) -> int:
+        """Owned positions whose live bit differs from the start. A host-device sync."""
+        return mask.count(self.live_bits ^ self.start_bits)
+
     def shard(self, delta: torch.Tensor, seed: int) -> Shard:
         """This rank's view of the weight for an event. delta: fp32 (K,). A collective for N:M."""
         assert self.window is not None and self.window.steps > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -132,16 +133,23 @@ def test_headline_figures_and_sections_of_a_whole_run():
 
 def test_it_loads_nothing_and_runs_nothing():
     text, parsed = _parsed(_records())
-    assert parsed.loads and all(link.startswith("#") for link in parsed.loads)
-    assert "script" not in parsed.tags and "link" not in parsed.tags and "img" not in parsed.tags
-    assert "http" not in text and "@import" not in text
+    icon = "data:,"  # empty: without it a browser asks the server for one
+    assert parsed.loads.count(icon) == 1 == parsed.tags.count("link")
+    assert all(link.startswith("#") for link in parsed.loads if link != icon)
+    assert "script" not in parsed.tags and "img" not in parsed.tags
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy and "default-src 'none'" in policy[1] and "script-src" not in policy[1]
+    assert not re.search(r"\son[a-z]+=", text)
+    assert "http:" not in text and "https:" not in text and "@import" not in text
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", text))
 
 
 def test_ids_are_unique_and_references_resolve():
     text, parsed = _parsed(_records())
     assert len(parsed.ids) == len(set(parsed.ids)) > 50
-    used = {link[1:] for link in parsed.loads} | set(re.findall(r"url\(#([^)]*)\)", text))
+    used = {link[1:] for link in parsed.loads if link != "data:,"} | set(
+        re.findall(r"url\(#([^)]*)\)", text)
+    )
     assert used <= set(parsed.ids)
 
 
@@ -249,8 +257,50 @@ def test_model_card_has_valid_front_matter_and_the_counts(tmp_path):
     }
     assert "| `mlp.up_proj` | 2 | 24 | 12 | 50.00 % |" in body
     assert "pruned by wanda" in body and "from_pretrained" in body
-    assert "16 evolution events" in body and "perplexity at step 40: 16" in body
+    assert "16 evolution events" in body
+    assert "| perplexity | 19 (step 10) | 16 (step 40) |" in body
     assert "Fine-tuning" not in model_card(SPARSITY, None, "x")
+
+
+def test_model_card_has_what_was_measured_of_the_model(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    results = {
+        "perplexity": {"text_file": "held|out.txt", "perplexity": 40.526, "tokens": 5},
+        "tasks": {
+            "results": {
+                "arc_easy": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.01},
+                "gsm8k": {"exact_match,strict-match": 0.5, "sample_len": 10},
+            }
+        },
+    }
+    path = write_model_card(tmp_path, SPARSITY, None, [results, {"tasks": [1], "perplexity": None}])
+    _, front, body = path.read_text().split("---\n", 2)
+    assert "| held\\|out.txt | perplexity | 40.53 |" in body
+    assert "| arc_easy | acc | 0.25 |" in body and "stderr" not in body
+    assert "| gsm8k | exact_match (strict-match) | 0.5 |" in body and "sample_len" not in body
+    index = yaml.safe_load(front)["model-index"][0]["results"]
+    assert [r["metrics"][0]["value"] for r in index] == [40.526, 0.25, 0.5]
+
+
+def test_the_card_script_writes_card_and_report_anew(tmp_path, capsys):
+    from launch import card
+
+    (tmp_path / "results.json").write_text('{"perplexity": {"text_file": "t", "perplexity": 9.5}}')
+    record = {"format": "seft_ds-sparsity-1", **SPARSITY}
+    more = {"dtype": "float32", "pattern": "2:4", "target_live": 6, "mask_digest": "x"}
+    record["targets"] = {n: {**t, **more} for n, t in SPARSITY["targets"].items()}
+    (tmp_path / "sparsity.json").write_text(json.dumps(record))
+    card.main([str(tmp_path), "--evaluation", str(tmp_path / "results.json")])
+    assert not (tmp_path / "report.html").exists()
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        for entry in _records():
+            journal.write(**entry)
+    card.main([str(tmp_path), "--evaluation", str(tmp_path / "results.json")])
+    assert "| t | perplexity | 9.5 |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "report.html").is_file() and "report.html" in capsys.readouterr().out
+    (tmp_path / "results.json").write_text('{"model": "x"}')
+    with pytest.raises(ValueError, match="nothing measured"):
+        card.main([str(tmp_path), "--evaluation", str(tmp_path / "results.json")])
 
 
 def test_a_path_as_base_model_keeps_only_its_last_part():

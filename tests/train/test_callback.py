@@ -69,8 +69,22 @@ def test_an_existing_trainer_script_with_one_callback(tmp_path: Path) -> None:
     assert counts2 == counts3 == [live, live]
     assert verify(tmp_path / "stage2/model").ok and verify(tmp_path / "stage3/model").ok
     lines = (tmp_path / "stage2/journal.jsonl").read_text().splitlines()
-    kinds = [json.loads(line)["kind"] for line in lines]
+    records = [json.loads(line) for line in lines]
+    kinds = [record["kind"] for record in records]
     assert kinds[0] == "run" and kinds[-1] == "end" and kinds.count("event") == 14
+    check_measurements(records)
+
+
+def check_measurements(records: list[dict]) -> None:
+    """What the run measured of itself agrees with what it says when it ends."""
+    last = {r["target"]: r for r in records if r["kind"] == "event"}
+    assert sum(r["changed"] for r in last.values()) == records[-1]["changed_positions"]
+    memory, deltas = (next(r for r in records if r["kind"] == k) for k in ("memory", "deltas"))
+    assert (
+        memory["measured"]["weights"] > 0 and memory["peak_bytes"] > memory["measured"]["weights"]
+    )
+    assert set(deltas["targets"]) == {t["name"] for t in records[0]["targets"]}
+    assert all(0 < d["rms"] <= d["largest"] for d in deltas["targets"].values())
 
 
 def without_deepspeed(folder: str) -> str:

@@ -74,10 +74,19 @@ def train(home: Path, stage: int, bf16: bool, seft: dict) -> dict:
     dense = load_file(home / ("bf16" if bf16 else "fp32") / "dense" / "model.safetensors")
     wanted = evolution.live_counts()
     states = list(enumerate(evolution.states))
+    first = [live_mask(evolution, i, s.target.numel) for i, s in states]
     for number in range(STEPS):
         before = [live_mask(evolution, i, s.target.numel) for i, s in states]
         step(engine, number)
         found = [r for r in records if r["kind"] == "exchange" and r["step"] == number + 1]
+        told = [r for r in records if r["kind"] == "event" and r["step"] == number + 1]
+        changed = {r["target"]: r["changed"] for r in told}
+        if found:  # comes after the step's events
+            changed |= {name: t["changed"] for name, t in found[0]["targets"].items()}
+        for (i, s), old in zip(states, first, strict=True):
+            if s.target.name in changed:
+                moved = live_mask(evolution, i, s.target.numel) ^ old
+                assert changed[s.target.name] == int(moved.sum())
         if not found:
             continue
         evolution.check()
