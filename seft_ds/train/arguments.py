@@ -23,6 +23,7 @@ from seft_ds.console import is_first_rank
 from seft_ds.json_file import read_object, shown
 from seft_ds.train.evaluating import check_evaluation
 from seft_ds.train.flags import expand_yaml, plain_value, split_seft_flags
+from seft_ds.train.journaling import check_reporters
 from seft_ds.train.old_names import translate
 from seft_ds.train.sources import check_sources
 
@@ -290,6 +291,7 @@ def _check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"--{name} {value}: wanted a finite number")
         if isinstance(value, str) and "\x00" in value:
             raise ValueError(f"--{name} {shown(value)}: wanted text without NUL")
+    check_reporters(values["report_to"])
     check_sources(values)
     check_evaluation(values)
 

@@ -70,13 +70,13 @@ class Measurement:
     max_length_tokens: int
 
     def describe(self) -> str:
-        parts = [f"lm-eval {', '.join(self.tasks)}"] if self.tasks else []
+        parts = []
+        if self.tasks:
+            names = ", ".join(self.tasks)
+            parts.append(f"lm-eval {names}, batch size {self.batch_size} on each rank")
         if self.windows is not None:
-            parts.append(f"perplexity on {len(self.windows)} windows")
-        return (
-            f"at each evaluation: {'; '.join(parts)}; batch size {self.batch_size} on each rank for the "
-            f"tasks, 1 for the text; at most {self.max_length_tokens} tokens"
-        )
+            parts.append(f"perplexity on {len(self.windows)} windows, batch size 1")
+        return f"at each evaluation: {'; '.join(parts)}; at most {self.max_length_tokens} tokens"
 
     def run(
         self,

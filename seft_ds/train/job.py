@@ -114,7 +114,7 @@ def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRan
         ValueError: on every rank, naming what differs and on which ranks.
     """
     settings = resolved(arguments)
-    for name in ("local_rank", "logging_dir", "run_name", "use_cpu", "dataloader_pin_memory"):
+    for name in ("local_rank", "run_name", "use_cpu", "dataloader_pin_memory", "disable_tqdm"):
         settings["run"].pop(name, None)  # of one process or machine
     agree(ranks, settings | {"versions": versions()}, "the settings")
     for folder in folders:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from seft_ds.errors import RunError
 from seft_ds.report.journal import JOURNAL_NAME, Journal
@@ -15,6 +18,22 @@ from seft_ds.train.progress import Topology
 
 # What Trainer and TRL log of an evaluation beside its results.
 _NOT_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_entropy", "_mean_token_accuracy")
+
+
+def check_reporters(names: list[str]) -> None:
+    """ValueError for a place to report to that transformers doesn't know, or whose package isn't there."""
+    if names in (["none"], ["all"], []):
+        return
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report_to {name:.40}: wanted none, or some of {known}")
+        if name not in there:
+            raise ValueError(
+                f"--report_to {name}: its package is not installed (pip install {name}); install it, or "
+                "leave the flag out"
+            )
 
 
 class JournaledRun(TrainerCallback):

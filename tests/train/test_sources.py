@@ -67,6 +67,22 @@ def test_held_out_rows_of_a_stream_and_first_rows(files: dict[str, str]) -> None
     assert len(rows) == 90 and len(held_out) == 10
 
 
+def test_a_folder_is_a_dataset_with_splits(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for split, count in (("train", 6), ("test", 3)):
+        lines(tmp_path / f"own/{split}.jsonl", *[{"text": f"{split}{i}"} for i in range(count)])
+    data = DataArguments(
+        dataset_name=[str(tmp_path / "own")],
+        dataset_train_split="train[:50%]",
+        dataset_test_split="test",
+    )
+    check_sources(vars(data) | {"max_steps": 10})
+    rows, held_out = read_sources(data, seed=0)
+    assert held_out is not None and len(rows) == 3 and len(held_out) == 3
+    with pytest.raises(ValueError, match="can't read .*own"):
+        read_sources(DataArguments(dataset_name=[f"{tmp_path}/own:none"]), seed=0)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_forms_become_what_trl_knows(files: dict[str, str], streaming: bool) -> None:
     renames = ["question=prompt", "answer=completion", "nothing=text"]
