@@ -209,10 +209,9 @@ def make_trainer(
     trainer.seft_source = str(job.folder)
     trainer.measurement = data.measurement
     opening.trainer = trainer
-    if job.ranks.rank == 0:
-        job.say(about, describe_sample(trainer))
-        if data.measurement is not None:
-            job.say(data.measurement.describe())
+    job.say(about, all_or_none(job.ranks, lambda: describe_sample(trainer)))
+    if data.measurement is not None:
+        job.say(data.measurement.describe())
     if run.dry_run:
         shutil.rmtree(str(run.output_dir), ignore_errors=True)
         return None

@@ -175,6 +175,12 @@ BAD = {
     "no weights": (["--model_name_or_path", "empty"], "holds no weights"),
     "no such data": (["--train_file", "none.jsonl"], "no such file"),
     "wrong columns": (["--train_file", "odd.jsonl"], "wanted one of: text"),
+    "no chat template": (["--train_file", "chats.jsonl"], "has no chat template"),
+    "long prompts": (
+        ["--train_file", "long.jsonl", "--dry_run", "true"],
+        "nothing counts in the loss",
+    ),
+    "unknown task": (["--eval_tasks", "arc_eazy"], "lm-eval knows no task arc_eazy"),
     "a run is there": (["--output_dir", "taken"], "--resume auto"),
     "density": (["--seft.density", "0"], "density = 0"),
     "too many slots": (["--seft.density", "0.9"], "lower density"),
@@ -194,6 +200,10 @@ def test_bad_input_is_refused_and_nothing_is_lost(home: Path, case: str) -> None
     (home / "empty").mkdir(exist_ok=True)
     (home / "empty/config.json").write_text((home / "dense/config.json").read_text())
     (home / "odd.jsonl").write_text('{"question": "a", "reply": "b"}\n')
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    (home / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    long = {"prompt": " ".join(WORDS * 2), "completion": " fox"}
+    (home / "long.jsonl").write_text(json.dumps(long) + "\n")
     (home / "nozero.json").write_text('{"seft": {}}')
     shipped = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     odd = {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
