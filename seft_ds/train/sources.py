@@ -7,6 +7,7 @@ split, or a part of the training rows that training doesn't see.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -50,7 +51,9 @@ def check_sources(values: dict[str, Any]) -> None:
             f"--dataset_config is of one dataset, and --dataset_name names {len(names)}; write NAME:CONFIG "
             "for each that has configurations"
         )
-    if weights is not None and (len(weights) != len(files) + len(names) or min(weights) <= 0):
+    if weights is not None and (
+        len(weights) != len(files) + len(names) or not all(0 < w < math.inf for w in weights)
+    ):
         raise ValueError(
             f"--mix_weights {' '.join(map(str, weights))}: wanted a number above 0 for each of "
             f"{len(files)} files and {len(names)} datasets, in this order"

@@ -114,6 +114,7 @@ def test_a_late_row_of_a_stream_without_an_answer(tmp_path: Path) -> None:
         ({"train_file": None}, "give --train_file or --dataset_name"),
         ({"mix_weights": [1.0]}, "for each of 2 files"),
         ({"mix_weights": [1.0, 0.0]}, "above 0"),
+        ({"mix_weights": [1.0, float("nan")]}, "above 0"),
         ({"val_set_size": 1.5}, "whole number of rows"),
         ({"val_set_size": 0.5, "streaming": True}, "no share"),
         ({"val_set_size": 5, "validation_file": "few"}, "give one of"),
