@@ -126,12 +126,19 @@ def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRan
 
 
 def load_model(job: Job) -> Any:
-    """The pruned model; under ZeRO-3 partitioned while it loads."""
+    """The pruned model; under ZeRO-3 partitioned while it loads.
+
+    Raises:
+        ValueError: an attention implementation that transformers doesn't know, or whose package isn't there.
+    """
     dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
     attention = job.arguments.model.attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(
-        job.folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention
+        )
+    except ImportError as error:
+        raise ValueError(f"--attn_implementation {attention} can't be had: {error}") from None
     model.config.use_cache = False
     return model
 

@@ -79,6 +79,7 @@ class SparseSFTTrainer(SFTTrainer):
             sharded=engine.zero_optimization_stage() == 3,
         )  # fmt: skip
         more = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.model.eval()  # or TRL takes this for a log of training, and its averages start anew
         self.log(more)
         if not metrics:  # otherwise the callbacks were called when the loss was known
             self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
