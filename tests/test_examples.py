@@ -194,12 +194,12 @@ def test_own_model_and_own_rows_by_three_flags(home: Path) -> None:
     env = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "MODEL": str(home / "pruned"),
         "DATA": str(home / "rows.jsonl"), "RUN": str(home / "own"), "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     done = subprocess.run(
         [ROOT / "examples/own_model_and_data.sh", "--max_steps", "3", "--max_length", "16",
          "--seft.density", "0.05"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert verify(home / "own").ok
