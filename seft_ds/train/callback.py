@@ -32,8 +32,8 @@ from seft_ds.errors import RunError
 from seft_ds.signals import active_request, watch_signals
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.measuring import MemoryMeter, write_measurements
-from seft_ds.train.reproduce import command_line, machine
 from seft_ds.train.progress import Topology
+from seft_ds.train.reproduce import command_line, machine
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
