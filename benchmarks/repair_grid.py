@@ -41,7 +41,7 @@ import yaml
 
 from seft_ds.baselines.methods import find_method
 from seft_ds.json_file import read_text
-from seft_ds.train.arguments import RecipeLoader
+from seft_ds.train.flags import RecipeLoader
 
 _KNOWN = {
     "models", "dense", "prune", "tiny", "train_file", "validation", "eval", "tasks", "methods",

@@ -159,9 +159,12 @@ def on_tasks(
         batch_size=options.batch_size,
         limit=limit_of(options.limit),
         max_length_tokens=options.max_length,
+        progress=ranks.rank == 0,
     )
     if ranks.rank == 0:
         print(harness.as_table(found))
+        size = f"batch size {options.batch_size} on each of {ranks.size} ranks"
+        print(f"{size}, at most {options.max_length} tokens")
     return harness.as_json(found)
 
 

@@ -177,7 +177,7 @@ def tell_fit(options: PlanArguments, needed_bytes: int, ways: list[str]) -> None
 def main() -> None:
     from transformers import HfArgumentParser
 
-    from seft_ds.train.arguments import split_seft_flags
+    from seft_ds.train.flags import split_seft_flags
 
     rest, seft_flags = split_seft_flags(sys.argv[1:])
     parser = HfArgumentParser(PlanArguments, description=(__doc__ or "").splitlines()[0])

@@ -34,10 +34,18 @@ def prepare_device() -> torch.device:
 
 
 def quiet_libraries() -> None:
-    """Silence what users can do nothing about: deprecations inside libraries, kernels for 4-bit models."""
+    """Silence what users can do nothing about, such as deprecations inside libraries; all but errors on
+    other ranks than the first.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not is_first_rank():  # which says the same
+        warnings.simplefilter("ignore")
+        for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def share_cores() -> None:

@@ -62,14 +62,15 @@ def start(
     cwd: Path,
     env: dict[str, str],
     before: Callable[[], None] | None = None,
+    folder: str = "launch",
 ) -> Forked:
-    """Run `launch/SCRIPT.py ARGV` in `cwd`, with `env` on top of this process's environment.
+    """Run `FOLDER/SCRIPT.py ARGV` in `cwd`, with `env` on top of this process's environment.
 
     before: called in the child first. What it writes goes to hidden files in `cwd`.
     """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    module = importlib.import_module(f"launch.{script}")
+    module = importlib.import_module(f"{folder}.{script}")
     importlib.import_module("seft_ds.train.run")  # what the scripts import late
     number = f"{os.getpid()}-{time.monotonic_ns()}"
     logs = (cwd / f".stdout-{number}", cwd / f".stderr-{number}")
@@ -103,7 +104,8 @@ def _child(
         if before is not None:
             before()
         sys.argv = [f"{script}.py", *argv]
-        status = module.run(module.main)  # type: ignore[attr-defined]
+        run = getattr(module, "run", None)  # of the launch scripts
+        status = run(module.main) if run else (module.main() or 0)  # type: ignore[attr-defined]
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -263,12 +263,13 @@ def _unsound_arguments(arguments: Any) -> str | None:
 def _known_flags() -> list[str]:
     from seft_ds.train.arguments import (
         DataArguments,
+        EvaluationArguments,
         MethodArguments,
         ModelArguments,
         RunArguments,
     )
 
-    kinds = (MethodArguments, ModelArguments, DataArguments, RunArguments)
+    kinds = (MethodArguments, ModelArguments, DataArguments, EvaluationArguments, RunArguments)
     names = [f.name for c in kinds for f in fields(c) if f.init]
     return [n for n in names if not n.startswith(_LEFT_OUT)]
 

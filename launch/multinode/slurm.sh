@@ -18,6 +18,7 @@ output=
 for ((i = 1; i < $#; i++)); do
     if [ "${!i}" = --output_dir ]; then j=$((i + 1)); output=${!j}; fi
 done
+for flag in "$@"; do case $flag in --output_dir=*) output=${flag#*=};; esac; done
 if [ -z "$output" ]; then echo "give --output_dir RUN" >&2; exit 2; fi
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}

@@ -7,9 +7,11 @@ Every method is a collective: all ranks call it, in the same order.
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
+from contextlib import redirect_stdout
 from typing import Any, Protocol
 
 import torch
@@ -131,7 +133,8 @@ def init_ranks() -> ProcessRanks:
         import deepspeed
 
         clear_stale_locks()  # initialising loads an extension
-        deepspeed.init_distributed(auto_mpi_discovery=False)
+        with redirect_stdout(io.StringIO()):  # every rank would say that an extension was loaded
+            deepspeed.init_distributed(auto_mpi_discovery=False)
     return ProcessRanks()
 
 

@@ -8,17 +8,26 @@ nothing to wait with, and needs the launcher of accelerate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lm_eval import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from seft_ds.distributed.collectives import Ranks
+from seft_ds.evaluate.lockstep import Lockstep
+
+_SEED = 1234  # as lm-eval has it
 
 
 def shares(contexts: Sequence[Any], size: int) -> list[list[int]]:
@@ -39,23 +48,35 @@ def answer_together(
 ) -> list[Any]:
     """The answers to all `requests`, on every rank, each found by one of them. One collective.
 
-    A request's first argument is its context, as lm-eval has it.
+    A request's first argument is its context, as lm-eval has it. A rank may get none to answer.
     """
     dealt = shares([request.args[0] for request in requests], ranks.size)
     mine = [requests[i] for i in dealt[ranks.rank]]
     answers: list[Any] = [None] * len(requests)
-    for indices, found in zip(dealt, ranks.gather_object(answer(mine) if mine else [])):
+    for indices, found in zip(dealt, ranks.gather_object(answer(mine))):
         for index, value in zip(indices, found, strict=True):
             answers[index] = value
     return answers
 
 
 class SharedModel(HFLM):
-    """lm-eval's wrapper of a Hugging Face model, whose requests the ranks answer together."""
+    """lm-eval's wrapper of a Hugging Face model, whose requests the ranks answer together.
 
-    def __init__(self, ranks: Ranks, **settings: Any) -> None:
+    sharded: the model's weights are partitioned, so that a forward pass is a collective.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        sharded: bool,
+        device: torch.device | None,
+        progress: bool,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
-        self.ranks = ranks
+        self.ranks, self.sharded, self.progress = ranks, sharded, progress
+        if device is not None:  # of an offloaded model the parameters say where they wait
+            self._device = device
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
         return self._together(super().loglikelihood, requests, disable_tqdm)
@@ -67,8 +88,18 @@ class SharedModel(HFLM):
         return self._together(super().generate_until, requests, disable_tqdm)
 
     def _together(self, method: Callable, requests: list, quiet: bool) -> list:
-        quiet = quiet or self.ranks.rank != 0
-        return answer_together(requests, lambda part: method(part, disable_tqdm=quiet), self.ranks)
+        quiet = quiet or self.ranks.rank != 0 or not self.progress
+
+        def answer(part: list) -> list:
+            with Lockstep(self.model, self.ranks, self.sharded, self.device):
+                return method(part, disable_tqdm=quiet) if part else []
+
+        return answer_together(requests, answer, self.ranks)
+
+    def _model_generate(self, context: Any, max_length: int, stop: Any, **settings: Any) -> Any:
+        # transformers would keep the ranks together too, call by call of its own; Lockstep does it for all.
+        settings["synced_gpus"] = False
+        return super()._model_generate(context, max_length, stop, **settings)
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
@@ -108,28 +139,86 @@ def evaluate_tasks(
     batch_size: int = 8,
     limit: float | None = None,
     max_length_tokens: int | None = None,
+    sharded: bool = False,
+    device: torch.device | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """lm-eval's results for `tasks` on the first rank of each machine; elsewhere an empty dict.
+    """lm-eval's results for `tasks`, on every rank.
 
-    `limit` is documents per task; below 1 a share of them. Collectives: one per kind of request.
+    `limit` is documents per task; below 1 a share of them. Collectives: one per kind of request, and, with
+    `sharded` (a model under ZeRO-3), one before each forward pass beside the model's own. The state of the
+    random number generators is kept, and so is the model's mode.
     Without a network the tasks' data must be local (YAMLs with data files) or cached.
     """
-    shared = SharedModel(
-        ranks,
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=max_length_tokens,
-    )
-    results = simple_evaluate(
-        model=shared,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
-    return results or {}
+    was_training = model.training
+    loaded = manager.load(list(tasks))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    with kept_random_state(), quiet_library(progress):
+        shared = SharedModel(
+            ranks,
+            sharded,
+            device,
+            progress,
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length_tokens,
+        )
+        # Not simple_evaluate, which only on some ranks has results, and asks git about the working directory.
+        results = evaluate(
+            lm=shared, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1000
+        )
+    model.train(was_training)
+    return results
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """The same random numbers in each evaluation; a training that it interrupts goes on with its own."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+
+
+class _WithoutBars(io.TextIOBase):
+    """A stream that leaves progress bars out, and lets through what a rank has to say in an emergency."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not text.startswith("\r") and text != "\n":
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def quiet_library(progress: bool) -> Iterator[None]:
+    """Without what lm-eval says of every task, and its bars unless they are wanted."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with nullcontext() if progress else redirect_stderr(_WithoutBars(sys.stderr)):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -144,3 +233,15 @@ def as_json(results: dict[str, Any]) -> dict[str, Any]:
     """The parts of the results that a file should keep: metrics, averages, counts and versions."""
     kept = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better")
     return {key: results[key] for key in kept if key in results}
+
+
+def figures(results: dict[str, Any]) -> dict[str, float]:
+    """{task_metric: value} of the tasks and groups, without the standard errors."""
+    found = {}
+    for task, metrics in {**results.get("results", {}), **results.get("groups", {})}.items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if isinstance(value, (int, float)) and "," in key and not metric.endswith("_stderr"):
+                name = metric if chosen == "none" else f"{metric}_{chosen}"
+                found[f"{task}_{name}".replace(" ", "_")] = float(value)
+    return found

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from seft_ds.distributed.collectives import Ranks
+from seft_ds.evaluate.lockstep import Lockstep
 from seft_ds.prune.calibrate import check_text_file, open_text, read_texts, text_kind
 
 _ROWS = 256  # predictions whose fp32 logits are held at a time
@@ -97,20 +98,26 @@ def measure(
     ranks: Ranks,
     *,
     progress: bool = False,
+    sharded: bool = False,
+    device: torch.device | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on `windows`, shared over the ranks. One collective, at the end.
+    """Perplexity of `model` on `windows`, shared over the ranks, one at a time.
+
+    One collective, at the end; with `sharded` (a model under ZeRO-3) one before each forward pass too.
 
     Raises:
         ValueError: the loss is not finite.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     mine = windows[ranks.rank :: ranks.size]
-    for window in tqdm(mine, desc="perplexity", unit="window", disable=not progress):
-        window = window.to(device)
-        total += nll_sum(model(input_ids=window.unsqueeze(0), use_cache=False).logits[0], window)
+    with Lockstep(model, ranks, sharded, device):
+        for window in tqdm(mine, desc="perplexity", unit="window", disable=not progress):
+            window = window.to(device)
+            logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
+            total += nll_sum(logits, window)
     model.train(was_training)
     return _summary(float(ranks.sum_(total)), windows)
 

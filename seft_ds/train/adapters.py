@@ -86,7 +86,7 @@ def train_adapters(job: Job) -> None:
             f"--method {arguments.method.method} takes an optimizer of bitsandbytes by flag only: take "
             '"optimizer" out of the DeepSpeed config and give --optim adamw_bnb_8bit'
         )
-    data = read_data(arguments)
+    data = read_data(job)
     model = load_model(job)
     adapters = attach_adapters(
         model,

@@ -6,24 +6,26 @@ A run is described by `--config FILE.yaml` with flags on top. `--seft.NAME VALUE
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from seft_ds.baselines.methods import METHODS, find_method, fixed_settings, rank_of
 from seft_ds.config import load_deepspeed_config, with_overrides
-from seft_ds.json_file import read_object, read_text, shown
-
-_RECIPE_BYTES = 1 << 20
+from seft_ds.console import is_first_rank
+from seft_ds.json_file import read_object, shown
+from seft_ds.train.evaluating import check_evaluation
+from seft_ds.train.flags import expand_yaml, plain_value, split_seft_flags
+from seft_ds.train.journaling import check_reporters
+from seft_ds.train.old_names import translate
+from seft_ds.train.sources import check_sources
 
 
 @dataclass
@@ -32,6 +34,10 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "folder of the pruned model"})
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager, flash_attention_2 ...; default: what transformers chooses"},
+    )
 
 
 @dataclass
@@ -63,16 +69,72 @@ class MethodArguments:
 
 @dataclass
 class DataArguments:
-    """What it is repaired with: one of a file and a dataset name."""
+    """What it is repaired with: files, or datasets by name, and what is held out of them (docs/data.md)."""
 
-    train_file: str | None = field(
+    train_file: list[str] | None = field(
         default=None,
-        metadata={"help": ".txt (a text a line), .json, .jsonl, .csv, .parquet; also .gz"},
+        metadata={
+            "help": "one or more of .txt (a text a line), .json, .jsonl, .csv, .parquet; also .gz"
+        },
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "name of a datasets dataset"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
-    validation_file: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "one or more names of datasets, or folders; NAME:CONFIG for one of its configurations"
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of the one dataset that is named"}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "split of the datasets to train on; train[:10%%] works"}
+    )
+    mix_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "of each file or dataset, its share of the rows; default: all rows, one after the other"
+        },
+    )
+    rename_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "OLD=NEW of each column with another name, such as question=prompt"},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read rows while training; needs --max_steps"}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "a file like those to train on, for evaluation"}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "split of the dataset for evaluation"}
+    )
+    val_set_size: float | None = field(
+        default=None,
+        metadata={"help": "hold out rows for evaluation: a share below 1, or a number of them"},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "use the first N rows"})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "evaluate on the first N rows"}
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured beside the loss at each evaluation of a run (docs/evaluation.md)."""
+
+    eval_tasks: str | None = field(default=None, metadata={"help": "lm-eval tasks, comma between"})
+    eval_include_path: str | None = field(
+        default=None, metadata={"help": "folder of the tasks' YAML files"}
+    )
+    eval_limit: float | None = field(
+        default=None, metadata={"help": "documents of each task; below 1 a share of them"}
+    )
+    eval_text_file: str | None = field(
+        default=None, metadata={"help": "perplexity on a .txt, .json or .jsonl file, also .gz"}
+    )
+    eval_max_windows: int | None = field(
+        default=None, metadata={"help": "only the text's first windows of max_length tokens"}
+    )
 
 
 @dataclass
@@ -87,8 +149,20 @@ class RunArguments(SFTConfig):
     # SFTConfig's defaults are for dense models. AdamW moves a delta by about the learning rate a step,
     # and few weights have to move far: 5e-3 repaired a 135M model in 100 steps (docs/results.md).
     learning_rate: float = field(default=1e-3, metadata={"help": "of the deltas; try 1e-3 to 5e-3"})
+    eval_strategy: str = field(
+        default="auto",
+        metadata={
+            "help": "no, steps, epoch; auto: ten times a run if there is something to evaluate"
+        },
+    )
     save_strategy: str = field(default="no", metadata={"help": "no, steps or epoch"})
-    report_to: str = field(default="none", metadata={"help": "none, tensorboard, wandb"})
+    log_level_replica: str = field(
+        default="error", metadata={"help": "of other ranks than the first of each machine"}
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "none, or some of tensorboard, wandb ..."},
+    )
 
 
 @dataclass
@@ -96,6 +170,7 @@ class Arguments:
     method: MethodArguments
     model: ModelArguments
     data: DataArguments
+    evaluation: EvaluationArguments
     run: RunArguments
     deepspeed: dict[str, Any]  # the config, with --seft.* merged in
 
@@ -108,9 +183,13 @@ def parse(argv: list[str]) -> Arguments:
     """
     argv, seft_flags = split_seft_flags(argv)
     method_by_flag = any(flag.partition("=")[0] == "--method" for flag in argv)
-    argv, seft_yaml = _expand_yaml(argv)
+    argv, seft_yaml = expand_yaml(argv)
+    argv, translated = translate(argv)
+    if is_first_rank():
+        for line in translated:
+            print(f"warning: {line}", file=sys.stderr)
     parser = HfArgumentParser(
-        [MethodArguments, ModelArguments, DataArguments, RunArguments],  # type: ignore[arg-type]
+        [MethodArguments, ModelArguments, DataArguments, EvaluationArguments, RunArguments],  # type: ignore[arg-type]
         allow_abbrev=False,
     )
     values = vars(parser.parse_args(argv))
@@ -142,14 +221,14 @@ def parse(argv: list[str]) -> Arguments:
         )
     _adapt_to_machine(values)
     try:
-        method, model, data, run = parser.parse_dict(values)
+        method, model, data, evaluation, run = parser.parse_dict(values)
     except (ValueError, AttributeError, KeyError, TypeError, ArithmeticError, OSError) as error:
         # Some of its arguments are objects in JSON, which transformers takes apart without looking.
         raise ValueError(
             'transformers refuses an argument, or a section of the DeepSpeed config beside "seft": '
             f"{type(error).__name__}: {error}"
         ) from error
-    return Arguments(method, model, data, run, config)
+    return Arguments(method, model, data, evaluation, run, config)
 
 
 def _on_top(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +242,7 @@ def _on_top(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 
 def _with_trainable(seft_flags: dict[str, Any], text: str) -> dict[str, Any]:
     """`--trainable` is short for `--seft.trainable`."""
-    value = _plain_value(text)
+    value = plain_value(text)
     for name in ("trainable", "density"):
         if name in seft_flags and seft_flags[name] != value:
             raise ValueError(
@@ -206,105 +285,34 @@ def _check_method(values: dict[str, Any]) -> None:
         )
 
 
-def split_seft_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--seft.NAME VALUE` and `--seft.NAME=VALUE` out of the flags."""
-    rest, found = [], {}
-    flags = iter(argv)
-    for flag in flags:
-        if not flag.startswith("--seft."):
-            rest.append(flag)
-            continue
-        name, eq, value = flag.removeprefix("--seft.").partition("=")
-        if not eq:
-            value = next(flags, "")
-        if value == "" or value.startswith("--"):
-            raise ValueError(f"--seft.{name} needs a value")
-        found[name] = _plain_value(value)
-    return rest, found
-
-
-def _plain_value(text: str) -> Any:
-    """A number, true, false, null or list as JSON writes them; anything else is a string (2:4)."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML in which 2:4 is a string (not 124, a number to base 60) and 5e-3 a number.
-
-    Without aliases: a few lines of them stand for more text than any memory holds.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(
-                f"*{self.peek_event().anchor}: write the value out where it is used"
-            )
-        return super().compose_node(parent, index)
-
-
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RecipeLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-RecipeLoader.add_implicit_resolver(
-    _FLOAT, re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
-
-
-def _expand_yaml(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Put the entries of `--config FILE.yaml` before the flags, so that flags win."""
-    if "--config" not in argv:
-        return argv, {}
-    at = argv.index("--config")
-    path = Path(argv[at + 1]) if at + 1 < len(argv) else Path("")
-    if not os.path.isfile(path):
-        raise ValueError(f"--config {path}: no such file")
-    text = read_text(path, _RECIPE_BYTES)
-    try:
-        recipe = yaml.load(text, RecipeLoader) or {}
-    except Exception as error:  # yaml's constructors raise whatever the conversion of a value meets
-        reason = f"{type(error).__name__}: {error}"[:300]
-        raise ValueError(f"--config {path} is not YAML that can be read ({reason})") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path}: wanted NAME: VALUE lines, got {type(recipe).__name__}")
-    seft = recipe.pop("seft", {}) or {}
-    if not isinstance(seft, dict):
-        raise ValueError(f"--config {path}: seft: wanted NAME: VALUE lines, got {shown(seft)}")
-    flags: list[str] = []
-    for name, value in recipe.items():
-        if value is None:
-            continue
-        flags.append(f"--{name}")
-        if isinstance(value, list):
-            flags += [str(v) for v in value]
-        else:
-            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    return flags + argv[:at] + argv[at + 2 :], seft
-
-
 def _check_values(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} {value}: wanted a finite number")
         if isinstance(value, str) and "\x00" in value:
             raise ValueError(f"--{name} {shown(value)}: wanted text without NUL")
-    if bool(values["train_file"]) == bool(values["dataset_name"]):
-        raise ValueError("give one of --train_file and --dataset_name")
-    for name in ("train_file", "validation_file"):
-        if values[name] and not os.path.isfile(values[name]):
-            raise ValueError(f"--{name} {values[name]}: no such file")
+    check_reporters(values["report_to"])
+    check_sources(values)
+    check_evaluation(values)
 
 
 def _adapt_to_machine(values: dict[str, Any]) -> None:
+    if values["streaming"] and values["accelerator_config"] is None:
+        # Each rank reads the stream and takes its rows: packed rows can't be dealt out by one of them.
+        values["accelerator_config"] = {"dispatch_batches": False}
     if not torch.cuda.is_available():
         values["use_cpu"] = True
         values["dataloader_pin_memory"] = False
+    _rename_checkpointing(values)
     values["bf16"] = model_dtype(values["model_name_or_path"], values["dtype"]) == torch.bfloat16
+
+
+def _rename_checkpointing(values: dict[str, Any]) -> None:
+    """Recent versions of transformers warn of the older name, which TRL's defaults still use."""
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in values and values[new] is None:
+            values[new], values[old] = values[old], None
 
 
 def model_dtype(folder: str, name: str) -> torch.dtype:

@@ -6,6 +6,9 @@
     trainer.train()
     callback.save_model("REPAIRED")
 
+`callback.trainer = trainer` before training adds sparsity and churn of each weight to TensorBoard, W&B and
+whatever else the Trainer reports to.
+
 The callback attaches the slots when the trainer has been built (unless `seft_ds.attach` was called on the
 model), fixes the schedule when the number of steps is known, and keeps the journal.
 """
@@ -29,6 +32,7 @@ from seft_ds.errors import RunError
 from seft_ds.signals import active_request, watch_signals
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.measuring import MemoryMeter, write_measurements
+from seft_ds.train.progress import Topology
 from seft_ds.train.reproduce import command_line, machine
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
@@ -113,11 +117,15 @@ class SeftCallback(JournaledRun):
         self.seft.begin(state.max_steps)
         if self.handle_signals and threading.current_thread() is threading.main_thread():
             self.seft.stop_request = active_request() or watch_signals()
+        live = self.seft.live_counts()
         self.start_clock()
         if state.is_world_process_zero:
             self.open_journal(args)
             self.write("run", **self._run_record(args))
-            self.seft.listeners.append(self._journal_record)
+            names = [s.target.name for s in self.seft.states]
+            numel = [s.target.numel for s in self.seft.states]
+            self.topology = Topology(dict(zip(names, numel)), dict(zip(names, live)))
+            self.seft.listeners += [self._journal_record, self.topology.note]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,11 +1,12 @@
 """Training data: rows of a file or a dataset in one of the forms that TRL knows.
 
-| columns                        | what is learnt                            |
-|--------------------------------|-------------------------------------------|
-| text                           | every token                               |
-| messages                       | every token of the chat template          |
-| prompt, completion             | the completion                            |
-| instruction, (input,) output   | the output; worded as the Alpaca prompt   |
+| columns                        | what is learnt                                          |
+|--------------------------------|---------------------------------------------------------|
+| text                           | every token                                             |
+| messages                       | every token of the chat template, or (assistant_only_loss) the answers |
+| conversations                  | as messages; "from" and "value", as ShareGPT has them   |
+| prompt, completion             | the completion                                          |
+| instruction, (input,) output   | the output; worded as the Alpaca prompt                 |
 """
 
 from __future__ import annotations
@@ -14,26 +15,46 @@ import glob
 import gzip
 import os
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, List, Value, load_dataset
+from datasets import Dataset, IterableDataset, List, Value, load_dataset
+from trl.data_utils import maybe_convert_to_chatml
 
 from seft_ds.json_file import shown
 
-FORMS = (("text",), ("messages",), ("prompt", "completion"), ("instruction", "output"))
-_MAY_BE_CHATS = ("messages", "prompt", "completion")
+FORMS = (
+    ("text",),
+    ("messages",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("conversations",),
+)
+_MAY_BE_CHATS = ("messages", "prompt", "completion", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 _END_BYTES = 1 << 16
+_LOOKED_AT = 100  # rows of a stream that are checked before training
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(file: str | None, name: str | None, config: str | None, split: str) -> Dataset:
+def load_rows(
+    file: str | None,
+    name: str | None,
+    config: str | None,
+    split: str,
+    *,
+    streaming: bool = False,
+    renames: dict[str, str] | None = None,
+) -> Dataset | IterableDataset:
     """The rows of a local file or a named dataset, in a form of `FORMS`.
 
     Raises:
         ValueError: no such file, an unknown type, no rows, none of the known columns, or one without text.
+            Of a stream the first rows are looked at; a later one without text ends the run when it is read.
     """
+    what = file or str(name)
     if file is not None:
         if not os.path.isfile(file):  # a pipe would be waited for
             raise ValueError(f"{file}: no such file")
@@ -43,10 +64,15 @@ def load_rows(file: str | None, name: str | None, config: str | None, split: str
             raise ValueError(f"{file}: wanted a {', '.join(_LOADERS)} file (or one of them .gz)")
         _check_ends(file, kind)
         # The name is that of one file, and no pattern.
-        rows = _read(lambda: load_dataset(kind, data_files=glob.escape(file), split="train"), file)
+        files = glob.escape(file)
+        rows = _read(
+            lambda: load_dataset(kind, data_files=files, split="train", streaming=streaming), what
+        )
     else:
-        rows = _read(lambda: load_dataset(name, config, split=split), str(name))
-    return in_known_form(rows, file or str(name))
+        rows = _read(lambda: load_dataset(name, config, split=split, streaming=streaming), what)
+    if isinstance(rows, IterableDataset):
+        return _stream_in_known_form(rows, what, renames or {})
+    return in_known_form(_renamed(rows, rows.column_names, renames or {}, what), what)
 
 
 def _check_ends(file: str, kind: str) -> None:
@@ -87,7 +113,7 @@ def _head(file: str) -> bytes:
     return b""
 
 
-def _read(load: Any, what: str) -> Dataset:
+def _read(load: Callable[[], Any], what: str) -> Any:
     try:
         return load()
     except Exception as error:  # datasets raises many kinds for a bad file or an unreachable name
@@ -98,23 +124,86 @@ def _read(load: Any, what: str) -> Dataset:
         raise ValueError(f"can't read {what}: {reason}") from error
 
 
-def in_known_form(rows: Dataset, what: str) -> Dataset:
-    """Keep the columns of the form that the rows have; Alpaca rows become prompt and completion."""
-    columns = set(rows.column_names)
+def _renamed(rows: Any, columns: list[str], renames: dict[str, str], what: str) -> Any:
+    """`columns` of rows by their new names; a column that takes the place of another one replaces it."""
+    for old, new in renames.items():
+        if old not in columns:
+            if new in columns:  # one of several sources has the right name already
+                continue
+            raise ValueError(
+                f"--rename_columns {old}={new}: {what} has the columns {shown(sorted(columns))}"
+            )
+        if new in columns:
+            rows = rows.remove_columns(new)
+        rows = rows.rename_column(old, new)
+    return rows
+
+
+def forms_of(rows: Dataset | IterableDataset) -> str:
+    """The columns and what they hold, in words; equal for rows that can be mixed."""
+    names = sorted(rows.column_names or next(iter(rows)))
+    sample = next(iter(rows))
+    return " + ".join(
+        f"{n} ({'messages' if isinstance(sample[n], list) else 'text'})" for n in names
+    )
+
+
+def _form(columns: set[str], what: str) -> tuple[str, ...]:
     form = next((f for f in FORMS if columns.issuperset(f)), None)
     if form is None:
         wanted = "; ".join(" + ".join(f) for f in FORMS)
         raise ValueError(
-            f"{what} has the columns {shown(sorted(columns))}; wanted one of: {wanted}"
+            f"{what} has the columns {shown(sorted(columns))}; wanted one of: {wanted} (columns with other "
+            "names: --rename_columns OLD=NEW)"
         )
+    return form
+
+
+def in_known_form(rows: Dataset, what: str) -> Dataset:
+    """Keep the columns of the form that the rows have; Alpaca rows become prompt and completion."""
+    form = _form(set(rows.column_names), what)
     if len(rows):
         _check_columns(rows, form, what)
     if form == ("text",):
-        rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
+        rows = rows.filter(_has_text)
     if len(rows) == 0:
         raise ValueError(f"{what} has no rows with text in them")
+    return _converted(rows, form, rows.column_names)
+
+
+def _stream_in_known_form(
+    stream: IterableDataset, what: str, renames: dict[str, str]
+) -> IterableDataset:
+    """The same for rows that come one by one: the first ones are checked together, others as they come."""
+    looked_at = _read(lambda: list(stream.take(_LOOKED_AT)), what)
+    if not looked_at:
+        raise ValueError(f"{what} has no rows")
+    columns = list(looked_at[0])
+    stream = _renamed(stream, columns, renames, what)
+    sample = _renamed(Dataset.from_list(looked_at), columns, renames, what)
+    form = _form(set(sample.column_names), what)
+    in_known_form(sample, what)
+
+    def whole(row: dict[str, Any]) -> bool:
+        missing = [n for n in form if row.get(n) is None]
+        if missing and form != ("text",):
+            raise ValueError(
+                f"{what}: a row has no {missing[0]} ({shown(row)}); fill it in, or take it out"
+            )
+        return form != ("text",) or _has_text(row)
+
+    return _converted(stream.filter(whole), form, sample.column_names)
+
+
+def _has_text(row: dict[str, Any]) -> bool:
+    return bool(row["text"] and row["text"].strip())
+
+
+def _converted(rows: Any, form: tuple[str, ...], columns: list[str]) -> Any:
     if form == ("instruction", "output"):
-        return rows.map(_from_alpaca, remove_columns=rows.column_names)
+        return rows.map(_from_alpaca, remove_columns=columns)
+    if form == ("conversations",):
+        return rows.map(_from_sharegpt, remove_columns=columns)
     return rows.select_columns(list(form))
 
 
@@ -151,7 +240,10 @@ def _holds_messages(rows: Dataset, name: str) -> bool:
     kind = rows.features[name]
     parts = kind.feature if isinstance(kind, List) else None
     if isinstance(parts, dict):
-        return _is_text(parts.get("role")) and _is_text(parts.get("content"))
+        kinds = ("role", "content") if "role" in parts else ("from", "value")
+        return all(_is_text(parts.get(k)) for k in kinds) and (
+            name == "conversations" or "role" in parts
+        )
     if isinstance(parts, Value) or parts is None:
         return False
     # Messages that differ in their keys (tool calls, say) come as JSON, whose type says nothing.
@@ -176,11 +268,15 @@ def _from_alpaca(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": prompt, "completion": row["output"]}
 
 
-def describe_sample(trainer: Any, tokenizer: Any, width: int = 400) -> str:
-    """The first training row as the model gets it, and how many of its tokens count in the loss."""
-    row = trainer.data_collator([trainer.train_dataset[0]])
-    ids, labels = row["input_ids"][0], row["labels"][0]
-    counted = int((labels != -100).sum())
-    text = tokenizer.decode(ids)
-    shown = text if len(text) <= width else text[:width] + " ..."
-    return f"first row: {len(ids)} tokens, {counted} in the loss\n{shown}"
+def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    """Messages with the roles that chat templates know."""
+    plain = [
+        {k: m[k] for k in ("from", "value", "role", "content") if m.get(k) is not None}
+        for m in row["conversations"]
+    ]
+    messages = maybe_convert_to_chatml({"conversations": plain})["messages"]
+    return {
+        "messages": [
+            {"role": _ROLES.get(m["role"], m["role"]), "content": m["content"]} for m in messages
+        ]
+    }

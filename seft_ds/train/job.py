@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from seft_ds.checkpoint.export import versions
 from seft_ds.config import check_batch_sizes
@@ -24,11 +25,15 @@ from seft_ds.report.journal import JOURNAL_NAME, read_journal
 from seft_ds.report.page import write_report
 from seft_ds.targets import Target
 from seft_ds.train.arguments import Arguments, model_dtype, parse
-from seft_ds.train.data import describe_sample, load_rows
 from seft_ds.train.distill import check_teacher, load_teacher
+from seft_ds.train.evaluating import Measurement, prepare_measurement
+from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.opening import RECORD_NAME, OpenRun, check_output, goes_on, resolved, take_own
+from seft_ds.train.progress import Progress
 from seft_ds.train.resume import check_batch, find_checkpoint
 from seft_ds.train.run_dir import RunLock
+from seft_ds.train.sample import check_template, describe_sample
+from seft_ds.train.sources import Rows, read_sources
 from seft_ds.train.trainer import SparseSFTTrainer
 
 
@@ -48,6 +53,16 @@ class Job:
         """Print on rank 0."""
         if self.ranks.rank == 0:
             print(*lines, sep="\n", flush=True)
+
+
+@dataclass
+class Data:
+    """The rows of a run, who writes them as tokens, and what is measured beside the loss."""
+
+    rows: Rows
+    held_out: Rows | None
+    tokenizer: Any
+    measurement: Measurement | None
 
 
 def accept(argv: list[str], ranks: ProcessRanks) -> Job:
@@ -99,21 +114,31 @@ def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRan
         ValueError: on every rank, naming what differs and on which ranks.
     """
     settings = resolved(arguments)
-    for name in ("local_rank", "logging_dir", "run_name", "use_cpu", "dataloader_pin_memory"):
+    for name in ("local_rank", "run_name", "use_cpu", "dataloader_pin_memory", "disable_tqdm"):
         settings["run"].pop(name, None)  # of one process or machine
     agree(ranks, settings | {"versions": versions()}, "the settings")
     for folder in folders:
         agree(ranks, all_or_none(ranks, partial(folder_facts, folder)), f"the files of {folder}")
     data = arguments.data
-    for file in (data.train_file, data.validation_file):
+    for file in (*(data.train_file or []), data.validation_file):
         if file:
             agree(ranks, all_or_none(ranks, partial(file_facts, Path(file))), f"the data {file}")
 
 
 def load_model(job: Job) -> Any:
-    """The pruned model; under ZeRO-3 partitioned while it loads."""
+    """The pruned model; under ZeRO-3 partitioned while it loads.
+
+    Raises:
+        ValueError: an attention implementation that transformers doesn't know, or whose package isn't there.
+    """
     dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype, trust_remote_code=False)
+    attention = job.arguments.model.attn_implementation
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention
+        )
+    except ImportError as error:
+        raise ValueError(f"--attn_implementation {attention} can't be had: {error}") from None
     model.config.use_cache = False
     return model
 
@@ -137,24 +162,26 @@ def check_loaded(targets: list[Target], folder: Path) -> None:
             )
 
 
-def read_data(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation rows; rank 0 of each machine reads first, the others find its cache."""
-    data = arguments.data
+def read_data(job: Job) -> Data:
+    """Training and evaluation rows; rank 0 of each machine reads first, the others find its cache.
+
+    Raises:
+        ValueError: a source can't be read or has no rows of a known form, or the tokenizer can't write them.
+    """
+    arguments = job.arguments
     with arguments.run.main_process_first(desc="reading the data"):
-        rows = load_rows(data.train_file, data.dataset_name, data.dataset_config, "train")
-        if data.max_train_samples:
-            rows = rows.select(range(min(data.max_train_samples, len(rows))))
-        held_out = None
-        if data.validation_file:
-            held_out = load_rows(data.validation_file, None, None, "train")
-    return rows, held_out
+        rows, held_out = read_sources(arguments.data, arguments.run.seed)
+    tokenizer = AutoTokenizer.from_pretrained(job.folder, trust_remote_code=False)
+    check_template(rows, tokenizer, arguments.run)
+    measurement = prepare_measurement(arguments.evaluation, arguments.run, tokenizer, job.ranks)
+    return Data(rows, held_out, tokenizer, measurement)
 
 
 def make_trainer(
     job: Job,
     model: Any,
-    data: tuple[Dataset, Dataset | None],
-    callback: TrainerCallback,
+    data: Data,
+    callback: JournaledRun,
     about: str,
 ) -> SparseSFTTrainer | None:
     """The Trainer, with everything told that a user wants to see first; None after a dry run.
@@ -169,19 +196,29 @@ def make_trainer(
         run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
     continued = goes_on(job.output, job.checkpoint, run.resume)
     opening = OpenRun(job.output, job.arguments, continued, job.ranks, job.checkpoint, job.lock)
-    tokenizer = AutoTokenizer.from_pretrained(job.folder, trust_remote_code=False)
+    # Trainer wants rows for any evaluation; a measurement needs none.
+    strategy = run.eval_strategy
+    if data.held_out is None:
+        run.eval_strategy = IntervalStrategy.NO
     trainer = SparseSFTTrainer(
         model=model,
         args=run,
-        train_dataset=data[0],
-        eval_dataset=data[1],
-        processing_class=tokenizer,
+        train_dataset=data.rows,
+        eval_dataset=data.held_out,
+        processing_class=data.tokenizer,
         callbacks=[opening, callback],
     )
+    run.eval_strategy = strategy
+    callback.trainer = trainer
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(Progress(callback))
     trainer.seft_source = str(job.folder)
+    trainer.measurement = data.measurement
     opening.trainer = trainer
-    if job.ranks.rank == 0:
-        job.say(about, describe_sample(trainer, tokenizer))
+    job.say(about, all_or_none(job.ranks, lambda: describe_sample(trainer)))
+    if data.measurement is not None:
+        job.say(data.measurement.describe())
     if run.dry_run:
         shutil.rmtree(str(run.output_dir), ignore_errors=True)
         return None

@@ -7,9 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from seft_ds.errors import RunError
 from seft_ds.report.journal import JOURNAL_NAME, Journal
+from seft_ds.train.progress import Topology
+
+# What Trainer and TRL log of an evaluation beside its results.
+_NOT_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_entropy", "_mean_token_accuracy")
+
+
+def check_reporters(names: list[str]) -> None:
+    """ValueError for a place to report to that transformers doesn't know, or whose package isn't there."""
+    if names in (["none"], ["all"], []):
+        return
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report_to {name:.40}: wanted none, or some of {known}")
+        if name not in there:
+            raise ValueError(
+                f"--report_to {name}: its package is not installed (pip install {name}); install it, or "
+                "leave the flag out"
+            )
 
 
 class JournaledRun(TrainerCallback):
@@ -26,6 +50,10 @@ class JournaledRun(TrainerCallback):
         self.journal: Journal | None = None
         self._started = self._last_log = 0.0
         self._last_tokens = 0
+        self.tokens_per_second = 0.0  # between the last two logs, of all ranks
+        self.topology: Topology | None = None  # on rank 0, of what evolves
+        self.scalars: dict[str, float] = {}  # the topology's figures at the last log
+        self.trainer: Any = None  # whoever sets it has them in TensorBoard, W&B ... too
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -67,11 +95,35 @@ class JournaledRun(TrainerCallback):
                 seconds=now - self._last_log,
                 tokens=tokens - self._last_tokens,
             )
+            self.tokens_per_second = (tokens - self._last_tokens) / max(now - self._last_log, 1e-9)
             self._last_log, self._last_tokens = now, tokens
-        for name, value in logs.items():
-            if name.startswith("eval_") and name.endswith("loss"):
-                self.write("eval", step=state.global_step, name=name, value=float(value))
-                self._last_log = now
+            self._report(args, state, control)
+        for name, value in self.results_in(logs).items():
+            self.write("eval", step=state.global_step, name=name, value=value)
+            self._last_log = now
+
+    @staticmethod
+    def results_in(logs: dict[str, Any]) -> dict[str, float]:
+        """The results of an evaluation among what Trainer logs."""
+        return {
+            name: float(value)
+            for name, value in logs.items()
+            if name.startswith("eval_") and not name.endswith(_NOT_RESULTS)
+        }
+
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Sparsity and churn to what `report_to` names.
+
+        Not by Trainer.log: it keeps what it logs in every checkpoint, and these are two figures a weight.
+        """
+        if self.topology is None:
+            return
+        self.scalars = self.topology.scalars()
+        for callback in self.trainer.callback_handler.callbacks if self.trainer else []:
+            if type(callback) in INTEGRATION_TO_CALLBACK.values():
+                callback.on_log(args, state, control, logs=dict(self.scalars))
 
     def write(self, kind: str, **fields: Any) -> None:
         """One line of the journal. RunError if it can't be written: a full disk, most likely."""

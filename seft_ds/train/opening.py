@@ -72,7 +72,7 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: Pa
             "--resume auto, replace it with --overwrite, or give another folder"
         )
     dense = (arguments.deepspeed.get("seft") or {}).get("dense_model")
-    files = (data.train_file, data.validation_file, arguments.method.distill, dense)
+    files = (*(data.train_file or []), data.validation_file, arguments.method.distill, dense)
     used = [model, Path.cwd(), *(Path(f) for f in files if f)]
     for path in used:
         if path.resolve().is_relative_to(output.resolve()):
@@ -159,6 +159,7 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
         "method": vars(arguments.method),
         "model": vars(arguments.model),
         "data": vars(arguments.data),
+        "evaluation": vars(arguments.evaluation),
         "run": run,
         "deepspeed": arguments.deepspeed,
     }
@@ -166,11 +167,11 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
 
 def run_facts(arguments: Arguments) -> dict[str, Any]:
     """What the journal says of the run beside what the callback knows."""
-    run = arguments.run
+    run, data = arguments.run, arguments.data
     return {
         "method": arguments.method.method,
         "arguments": {
-            "train": arguments.data.train_file or arguments.data.dataset_name,
+            "train": ", ".join([*(data.train_file or []), *(data.dataset_name or [])]),
             "max_steps": run.max_steps,
             "per_device_train_batch_size": run.per_device_train_batch_size,
             "gradient_accumulation_steps": run.gradient_accumulation_steps,

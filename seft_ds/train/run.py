@@ -30,12 +30,14 @@ from seft_ds.train.job import (
 )
 from seft_ds.train.opening import RECORD_NAME, record_facts, run_facts
 from seft_ds.train.planning import plan_of_run, table
+from seft_ds.train.progress import hide_bars
 from seft_ds.train.resume import steps_of
 from seft_ds.zero.initialize import find_attached
 
 
 def repair(argv: list[str], ranks: ProcessRanks) -> None:
     """Load, train, save, report. Every rank calls it. What can be refused is refused before training."""
+    hide_bars(ranks)
     job = accept(argv, ranks)
     if all_or_none(ranks, lambda: is_finished(job.output, job.checkpoint)):
         all_or_none(ranks, lambda: close_finished(job))
@@ -46,7 +48,7 @@ def repair(argv: list[str], ranks: ProcessRanks) -> None:
 
 def train_slots(job: Job) -> None:
     """A run of the SEFT engine: the method itself, and those that are settings of it."""
-    data = read_data(job.arguments)
+    data = read_data(job)
     model = load_model(job)
     attach(model, job.arguments.deepspeed)
     targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]

@@ -15,7 +15,9 @@ from trl import SFTTrainer
 from seft_ds.checkpoint.manifest import FileEntry, checkpoints_in, entries_below, hash_file
 from seft_ds.checkpoint.model import save_model
 from seft_ds.checkpoint.together import write_together
+from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.train.distill import token_losses
+from seft_ds.train.evaluating import Measurement
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
 
@@ -26,6 +28,8 @@ class SparseSFTTrainer(SFTTrainer):
     """
 
     seft_source = ""
+    measurement: Measurement | None = None  # beside the loss, at each evaluation
+    control: Any
     teacher: Any = None  # the dense model, for distillation
     distill_weight = 0.0
     _aside: Path | None = None  # where a checkpoint is being written
@@ -59,6 +63,27 @@ class SparseSFTTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         self._note_distilled(inputs, nll, kl, counted)
         return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss on the held-out rows, if there are some, and what else is to be measured."""
+        metrics: dict[str, float] = {}
+        if eval_dataset is not None or self.eval_dataset is not None:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.measurement is None or metric_key_prefix != "eval":
+            return metrics
+        engine = self.model_wrapped
+        found = self.measurement.run(
+            engine.module, self.processing_class, ProcessRanks(), self.args.device,
+            sharded=engine.zero_optimization_stage() == 3,
+        )  # fmt: skip
+        more = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.model.eval()  # or TRL takes this for a log of training, and its averages start anew
+        self.log(more)
+        if not metrics:  # otherwise the callbacks were called when the loss was known
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
+        return metrics | more
 
     def _note_distilled(
         self, inputs: dict[str, Any], nll: torch.Tensor, kl: torch.Tensor, counted: torch.Tensor

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from seft_ds.evaluate.harness import (
     answer_together,
@@ -14,6 +16,7 @@ from seft_ds.evaluate.harness import (
     as_table,
     check_names,
     evaluate_tasks,
+    figures,
     shares,
     task_manager,
 )
@@ -158,6 +161,24 @@ def test_results_for_people_and_for_files(manager):
     kept = json.loads(json.dumps(as_json(results), default=str))
     assert kept["n-samples"]["tiny_choice"]["effective"] == 4
     assert 0 <= kept["results"]["tiny_choice"]["acc,none"] <= 1
+
+
+def test_the_tasks_of_recipes_exist(manager):
+    found = 0
+    for recipe in (Path(__file__).resolve().parents[2] / "launch/recipes").glob("*.yaml"):
+        tasks = yaml.safe_load(recipe.read_text()).get("eval_tasks")
+        if tasks:
+            check_names(tasks.split(","), manager)
+            found += 1
+    assert found
+
+
+def test_figures_by_task_and_metric():
+    results = {
+        "results": {"arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "groups": {"g": {"exact_match,strict-match": 1, "alias": "g"}},
+    }
+    assert figures(results) == {"arc_acc": 0.5, "g_exact_match_strict-match": 1.0}
 
 
 def test_unknown_tasks_and_folders_are_named(task_folder, manager):

@@ -120,6 +120,7 @@ def test_the_slurm_template_requeues_until_the_run_is_complete(
     assert requeued.read_text() == "requeue 7\n"
     (programs / "srun").write_text("#!/bin/bash\nexit 1\n")
     assert submit(*flags(tmp_path, "failed")).returncode == 1
+    assert submit(f"--output_dir={tmp_path / 'failed'}").returncode == 1
     assert requeued.read_text() == "requeue 7\n"
 
 

@@ -61,12 +61,28 @@ def test_recipes_that_are_no_text(tmp_path: Path) -> None:
         (["--seft.window", "9" * 5000], "window = "),
         (["--train_file", "x" * 5000], "no such file"),
         (["--output_dir", "a\x00b"], "NUL"),
+        (["--report_to", "tensorbord"], "wanted none, or some of"),
+        (["--eval_strategy", "steps"], "nothing to evaluate"),
+        (["--eval_text_file", "none.txt"], "no file none.txt"),
+        (["--eval_tasks", "arc_easy", "--eval_include_path", "none"], "no such folder"),
+        (["--eval_tasks", "arc_easy", "--eval_limit", "1.5"], "whole number"),
+        (["--eval_limit", "5"], "--eval_limit is of --eval_tasks"),
     ],
 )
 def test_bad_flags_are_named(tmp_path: Path, flags: list[str], said: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse([*base(tmp_path), *flags])
     assert said in str(caught.value)
+
+
+def test_when_a_run_is_evaluated(tmp_path: Path) -> None:
+    plain = base(tmp_path)
+    assert parse(plain).run.eval_strategy == "no"
+    run = parse([*plain, "--val_set_size", "2"]).run
+    assert (run.eval_strategy, run.eval_steps) == ("steps", 0.1)
+    run = parse([*plain, "--eval_text_file", str(tmp_path / "text.txt"), "--eval_steps", "7"]).run
+    assert (run.eval_strategy, run.eval_steps) == ("steps", 7)
+    assert parse([*plain, "--val_set_size", "2", "--eval_strategy", "no"]).run.eval_strategy == "no"
 
 
 @pytest.mark.parametrize(

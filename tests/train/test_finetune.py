@@ -175,6 +175,12 @@ BAD = {
     "no weights": (["--model_name_or_path", "empty"], "holds no weights"),
     "no such data": (["--train_file", "none.jsonl"], "no such file"),
     "wrong columns": (["--train_file", "odd.jsonl"], "wanted one of: text"),
+    "no chat template": (["--train_file", "chats.jsonl"], "has no chat template"),
+    "long prompts": (
+        ["--train_file", "long.jsonl", "--dry_run", "true"],
+        "nothing counts in the loss",
+    ),
+    "unknown task": (["--eval_tasks", "arc_eazy"], "lm-eval knows no task arc_eazy"),
     "a run is there": (["--output_dir", "taken"], "--resume auto"),
     "density": (["--seft.density", "0"], "density = 0"),
     "too many slots": (["--seft.density", "0.9"], "lower density"),
@@ -194,6 +200,10 @@ def test_bad_input_is_refused_and_nothing_is_lost(home: Path, case: str) -> None
     (home / "empty").mkdir(exist_ok=True)
     (home / "empty/config.json").write_text((home / "dense/config.json").read_text())
     (home / "odd.jsonl").write_text('{"question": "a", "reply": "b"}\n')
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    (home / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    long = {"prompt": " ".join(WORDS * 2), "completion": " fox"}
+    (home / "long.jsonl").write_text(json.dumps(long) + "\n")
     (home / "nozero.json").write_text('{"seft": {}}')
     shipped = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     odd = {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
@@ -297,7 +307,7 @@ def test_8bit_optimizers_by_config_and_by_flag(home: Path, name: str, flags: lis
 
 
 def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
-    from seft_ds.train.arguments import _expand_yaml, split_seft_flags
+    from seft_ds.train.flags import expand_yaml, split_seft_flags
 
     rest, found = split_seft_flags(
         ["--seft.pattern", "2:4", "--seft.density=1e-3", "--a", "1", "--seft.waves", "false",
@@ -310,12 +320,12 @@ def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
     }  # fmt: skip
     recipe = tmp_path / "r.yaml"
     recipe.write_text("learning_rate: 5e-3\nseft:\n  pattern: 4:8\n  density: 1e-2\n  window: 7\n")
-    flags, seft = _expand_yaml(["--config", str(recipe), "--b", "2"])
+    flags, seft = expand_yaml(["--config", str(recipe), "--b", "2"])
     assert flags == ["--learning_rate", "0.005", "--b", "2"]
     assert seft == {"pattern": "4:8", "density": 0.01, "window": 7}
     recipe.write_text("seft: [1]\n")
     with pytest.raises(ValueError, match="seft: wanted NAME: VALUE"):
-        _expand_yaml(["--config", str(recipe)])
+        expand_yaml(["--config", str(recipe)])
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(home: Path) -> None:
