@@ -5,14 +5,15 @@
 For each different target shape of a LLaMA model one rank's share is filled with random values, live
 positions, window sums and slots; the project's own code decides an event, applies it, and writes values
 through. The other ranks are silent: sums come back as they went in, and their lists are made up, as long as
-ours, so that what a rank has to go through is what it would be. Times are those of the calculation, not of a
-network. Each shape counts as often as the model has it. Memory is the peak of the process over the state
+ours, so that what a rank has to go through is what it would be. Times are CPU time of the calculation, not of
+a network. Each shape counts as often as the model has it. Memory is the peak of the process over the state
 before the event.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import statistics
 import sys
@@ -153,9 +154,9 @@ def as_of_all(change: Change, state: WeightState, size: int) -> Change:
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+    started = time.process_time()
     result = action()
-    return time.perf_counter() - started, result
+    return time.process_time() - started, result
 
 
 def status_bytes(name: str) -> int:
@@ -175,6 +176,9 @@ def measure(shape: tuple[int, int], size: int, density: float, rate: float, roun
         delta = torch.randn(k * size)
         write, _ = timed(lambda s=state, d=delta: s.write_through(d))
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # or what was freed before would be used again, and not seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status_bytes("VmRSS")
         decide, (change,) = timed(
