@@ -2,9 +2,9 @@
 
     python benchmarks/slot_grad.py [--density 0.01] [--threads 1]
 
-One line a shape, dtype and number of tokens: median milliseconds of each kernel that this device has, measured
-in turns, and the first one's ratio to the second's. Runs measure the same for their own shapes, and keep it
-(`seft_ds/sparse/kernel_costs.py`, docs/performance.md); this prints, and keeps nothing.
+One line a shape, dtype and number of tokens: median milliseconds of each kernel that this device has,
+measured in turns, and the first one's ratio to the second's. Runs measure the same for their own shapes, and
+keep it (`seft_ds/sparse/kernel_costs.py`, docs/performance.md); this prints, and keeps nothing.
 """
 
 from __future__ import annotations
