@@ -182,7 +182,7 @@ def measure(shape: tuple[int, int], size: int, density: float, rate: float, roun
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status_bytes("VmRSS")
         decide, (change,) = timed(
-            lambda s=state, d=delta, r=ranks: plan([s.shard(d, 0)], rate, EventSettings(), r)
+            lambda s=state, d=delta, r=ranks: plan(s.views(d, 0), rate, EventSettings(), r)
         )
         peak = status_bytes("VmHWM") - before
         m, p = change.fresh.numel(), change.pruned.numel()

@@ -291,6 +291,7 @@ def prune(options: PruneArguments) -> None:
     from seft_ds.distributed.liveness import watch_peers
     from seft_ds.prune.folder import assemble, find_quotas, prune_blocks, settings_of
     from seft_ds.prune.source import FromFiles
+    from seft_ds.prune.statistics import FEW_TOKENS
     from seft_ds.train.run_dir import RunLock
 
     ranks = init_ranks()
@@ -331,11 +332,15 @@ def prune(options: PruneArguments) -> None:
     if first:
         seconds, blocks = time.monotonic() - start, len(source.blocks)
         say(f"pruned {len(quotas)} weights in {blocks} blocks, {seconds:.0f} s; writing")
+        facts = about(options, recipe, folder, ready.dtype)
+        if any(block.experts for block in source.blocks):
+            facts["by_magnitude"] = few = work.by_magnitude()
+            say(
+                f"{few} matrices of experts saw fewer than {FEW_TOKENS} tokens and were pruned by magnitude"
+            )
         with replacing(output):
             work.begin_assembling()
-            record = assemble(
-                source, work, quotas, folder, output, about(options, recipe, folder, ready.dtype)
-            )
+            record = assemble(source, work, quotas, folder, output, facts)
             work.remove()
         report(record, output)
     close_ranks()

@@ -156,11 +156,14 @@ def plan(
         where[part] = held[part]
     result.device |= buffers(targets, others, setup)
     if config.dense_model is not None:
-        weighed = sum(_owned(t, setup) for t in targets if t.pattern is None)
-        largest = max((_owned(t, setup) for t in targets if t.pattern is None), default=0)
+        free = [t for t in targets if t.pattern is None]
+        weighed = sum(_owned(t, setup) for t in free)
+        largest = max((_owned(t, setup) for t in free), default=0)
         moved = round(2 * 8 * config.exchange * weighed)
+        # Sums of squares of every output and input, of a step and of the window, whole on every rank.
+        sums = sum(2 * 4 * (t.shape[0] + t.shape[1] * max(1, t.experts)) for t in free)
         result.device["exchange"] = (
-            weighed * _EXCHANGE_BYTES + moved + largest * _EXCHANGE_TRANSIENT
+            weighed * _EXCHANGE_BYTES + moved + largest * _EXCHANGE_TRANSIENT + sums
         )
     result.device |= passing or {}
     return result
@@ -260,13 +263,25 @@ def window_bytes(
 
 def buffers(targets: Sequence[Target], others: Sequence[int], setup: Setup) -> dict[str, int]:
     """What comes and goes in a step beside activations. Estimates."""
-    largest = max((t.numel for t in targets), default=0)
-    slots = sum(t.n_slots for t in targets)
+    # Of fused experts one at a time.
+    largest = max((t.numel // max(1, t.experts) for t in targets), default=0)
+    slots = [t.n_slots for t in targets]
     everything = sum(t.numel for t in targets) + sum(others)
-    gathered = min(setup.live_parameters, everything) if setup.stage == 3 else 0
+    gathered = min(setup.live_parameters, everything) * setup.dtype_bytes
     return {
         "reduction buffers": setup.reduce_bucket * setup.dtype_bytes if setup.stage else 0,
-        "gathered weights": gathered * setup.dtype_bytes,
-        # The gradient of one weight at a time in fp32, and all deltas gathered for the write-through.
-        "slot gradients": 4 * largest + 4 * min(slots, 1 << 24),
+        "gathered weights": max(gathered, _module(targets, setup)) if setup.stage == 3 else 0,
+        # The gradient of one weight at a time in fp32, and deltas gathered for the write-through.
+        "slot gradients": 4 * largest + 4 * max(min(sum(slots), 1 << 24), *slots, 0),
     }
+
+
+def _module(targets: Sequence[Target], setup: Setup) -> int:
+    """Bytes of the largest module of fused experts, gathered whole: weights, deltas, positions."""
+    sizes: dict[str, int] = {}
+    for t in targets:
+        if t.experts:
+            owner, index = t.name.rpartition(".")[0], 4 if t.numel < 2**31 else 8
+            held = (t.numel + t.n_slots) * setup.dtype_bytes + t.n_slots * index
+            sizes[owner] = sizes.get(owner, 0) + held
+    return max(sizes.values(), default=0)

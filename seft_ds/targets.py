@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
 class Target:
-    """One weight that is repaired."""
+    """One weight that is repaired.
 
-    name: str  # of the layer: "model.layers.0.self_attn.q_proj"
-    shape: tuple[int, int]  # (out, in)
+    A fused weight of experts (`seft_ds.naming`) is one target whose matrices are stacked along the rows. Its
+    parts, ranges of positions of equal length, have live counts and slots of their own, so that an event
+    chooses within each; slots come in the order of the parts, and stay in theirs.
+    """
+
+    name: str  # of the layer: "model.layers.0.self_attn.q_proj"; of a fused weight: its own
+    shape: tuple[int, int]  # (out, in); of a fused weight (experts · rows of one, in)
     target_live: int
     pattern: tuple[int, int] | None = None
     n_slots: int = 0
+    experts: int = 0  # 0: a plain matrix
+    part_live: list[int] = field(default_factory=list)  # of each part; empty: a plain matrix
+    part_slots: list[int] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's name in the model."""
+        return self.name if self.experts else f"{self.name}.weight"
+
+    def slot_name(self, parameter: str) -> str:
+        """The full name in the model of the weight's `seft_delta` or `seft_position`."""
+        return f"{self.name}_{parameter}" if self.experts else f"{self.name}.{parameter}"
+
+    @property
+    def n_parts(self) -> int:
+        return max(1, len(self.part_live))
+
+    @property
+    def part_numel(self) -> int:
+        return self.numel // self.n_parts
+
+    @property
+    def part_shape(self) -> tuple[int, int]:
+        """(out, in) of one part."""
+        return self.shape[0] // self.n_parts, self.shape[1]
+
+    @property
+    def live_by_part(self) -> list[int]:
+        """Live counts to hold, of a plain matrix: one."""
+        return self.part_live or [self.target_live]
+
+    @property
+    def slots_by_part(self) -> list[int]:
+        """Slots of each part, of a plain matrix: one number."""
+        return self.part_slots or [self.n_slots]
+
+    def part_ranges(self, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Of each part the positions that lie in [lo, hi), possibly none: (begin, end), begin <= end."""
+        n = self.part_numel
+        borders = [min(max(p * n, lo), hi) for p in range(self.n_parts + 1)]
+        return list(zip(borders[:-1], borders[1:], strict=True))
 
     @property
     def multiple(self) -> int:
@@ -56,36 +102,49 @@ def total_slots(targets: list[Target], density: float, trainable: int | str | No
     if trainable == "live":
         return sum(t.target_live for t in targets)
     rank = int(re.fullmatch(r"rank=(\d+)", trainable)[1])  # type: ignore[index]
-    return sum(rank * sum(t.shape) for t in targets)
+    return sum(rank * t.n_parts * sum(t.part_shape) for t in targets)
 
 
 def assign_slots(targets: list[Target], total: int) -> None:
-    """Split `total` slots in proportion to the weights' sizes, exactly, at least one each.
+    """Split `total` slots in proportion to the sizes of weights and parts, exactly, at least one each.
 
     As many as there are live entries (`trainable: "live"`) means all of them, whatever the sizes. Else
-    largest remainders first, ties to the earlier weight. ValueError if a weight would get more slots than
-    it has live entries.
+    largest remainders first, ties to the earlier weight. A part that was pruned away whole gets none.
+    ValueError if a weight or part would get more slots than it has live entries.
     """
-    total = max(total, len(targets))
-    if total == sum(t.target_live for t in targets):
-        for target in targets:
-            target.n_slots = target.target_live
-        return
-    numel = sum(t.numel for t in targets)
-    exact = [total * t.numel / numel for t in targets]
-    slots = [max(1, int(x)) for x in exact]
-    order = sorted(range(len(targets)), key=lambda i: (slots[i] - exact[i], i))
-    i = 0
-    while sum(slots) != total:  # the rounding left over: fewer than one a target
-        step = 1 if sum(slots) < total else -1
+    live = [n for t in targets for n in t.live_by_part]
+    sizes = [t.part_numel if n or not t.experts else 0 for t in targets for n in t.live_by_part]
+    total = max(total, sum(size > 0 for size in sizes))
+    slots = live if total == sum(live) else _apportion(total, sizes)
+    first = 0
+    for target in targets:
+        mine = slots[first : first + target.n_parts]
+        for p, (k, n) in enumerate(zip(mine, target.live_by_part, strict=True)):
+            if k > n:
+                where = f"part {p} of {target.name}" if target.experts else target.name
+                raise ValueError(
+                    f"{where}: {k} slots wanted, but only {n} of its {target.part_numel} weights are live; "
+                    "lower density (or trainable)"
+                )
+        target.n_slots = sum(mine)
+        target.part_slots = mine if target.experts else []
+        first += target.n_parts
+
+
+def _apportion(total: int, sizes: list[int]) -> list[int]:
+    """`total` split in proportion to `sizes`, at least one each where the size isn't 0."""
+    numel = sum(sizes)
+    exact = [total * size / numel for size in sizes]
+    slots = [max(1, int(x)) if size else 0 for x, size in zip(exact, sizes, strict=True)]
+    order = sorted(
+        (i for i, size in enumerate(sizes) if size), key=lambda i: (slots[i] - exact[i], i)
+    )
+    left, i = total - sum(slots), 0
+    while left:  # the rounding left over: fewer than one a unit
+        step = 1 if left > 0 else -1
         at = order[i % len(order)] if step > 0 else order[-1 - i % len(order)]
         if slots[at] + step >= 1:
             slots[at] += step
+            left -= step
         i += 1
-    for target, k in zip(targets, slots, strict=True):
-        if k > target.target_live:
-            raise ValueError(
-                f"{target.name}: {k} slots wanted, but only {target.target_live} of its "
-                f"{target.numel} weights are live; lower density (or trainable)"
-            )
-        target.n_slots = k
+    return slots

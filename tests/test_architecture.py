@@ -15,6 +15,7 @@ LAYERS = [
         "tensor_files",
         "config",
         "schedule",
+        "naming",
         "targets",
         "memory",
         "errors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from seft_ds.config import parse_seft
 from seft_ds.memory import Setup, moment_bytes, optimizer_flats, plan, window_bytes
 from seft_ds.targets import Target
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = [
@@ -137,5 +139,39 @@ def test_the_table_of_configs_is_the_planners() -> None:
 def test_an_exchange_weighs_every_position_but_those_of_patterns() -> None:
     config = parse_seft({"dense_model": "dense"})
     got = plan(TARGETS, [], Setup(3, 2), config, 100).device["exchange"]
-    assert got == (48 + 8) * 4 + round(16 * 0.05 * 56) + 48 * 22  # the halves of a and c
+    # The halves of a and c, and of each two sums of squares for every output and input.
+    sums = 2 * 4 * (8 + 12 + 4 + 4)
+    assert got == (48 + 8) * 4 + round(16 * 0.05 * 56) + 48 * 22 + sums
     assert "exchange" not in plan(TARGETS, [], Setup(3, 2), parse_seft({}), 100).device
+
+
+def test_deepseek_v3_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    """671B on 16 and 32 nodes, as docs/experts.md has it."""
+    from transformers import DeepseekV3Config
+
+    DeepseekV3Config().save_pretrained(tmp_path)
+    base = ["--model_name_or_path", ".", "--deepspeed", str(ROOT / "ds_configs/zero3_70b_8x8.json")]
+
+    def planned(*flags: str) -> subprocess.CompletedProcess:
+        return forked.start("plan", [*base, *flags], tmp_path, {"DS_ACCELERATOR": "cpu"}).finish(
+            200
+        )
+
+    page, found = (ROOT / "docs/experts.md").read_text(), {}
+    for nodes in (16, 32):
+        flags = ["--nodes", str(nodes), "--gpus_per_node", "8", "--max_length", "4096"]
+        done = planned(*flags, "--json", "plan.json")
+        assert done.returncode == 0, done.stderr
+        found[nodes] = json.loads((tmp_path / "plan.json").read_text())
+        assert round(found[nodes]["parameters"] / 1e9) == 671
+    probed = planned("--probe", "true")
+    assert probed.returncode == 2 and "those of a mixture of experts are not" in probed.stderr
+    for part, size in found[16]["device"].items():
+        row = re.search(rf"^\| {part}[^|]*\| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+        assert row, part
+        assert row[1] == f"{size / 2**30:.2f}"
+        assert row[2] == f"{found[32]['device'][part] / 2**30:.2f}"
+    experts = 3 * 256 * 2048 * 7168  # of one layer, gathered whole in bf16, with its slots
+    assert found[16]["device"]["gathered weights"] > 2 * experts
+    share = found[16]["device"]["weights"]
+    assert share == pytest.approx(2 * found[16]["parameters"] / 128, rel=0.01)

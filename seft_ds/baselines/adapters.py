@@ -17,7 +17,7 @@ from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.targets import Target
 from seft_ds.zero import shards
-from seft_ds.zero.attach import find_targets
+from seft_ds.zero.attach import Found, find_targets
 
 # (weight (out, in), A, B, scale) -> what is added to the weight, (out, in)
 DELTAS: dict[str, Callable[..., torch.Tensor]] = {
@@ -85,7 +85,12 @@ def attach_adapters(
     assert kind is not None, f"{method} trains slots"
     rank = rank_of(config.trainable, method)
     found = find_targets(model, config, ranks)
-    for target, _ in found:
+    if any(f.target.experts for f in found):
+        raise ValueError(
+            f"--method {method} puts adapters beside linear layers, and this model's experts are fused in "
+            'one weight; name other layers in "targets", or use a method that trains slots: seft, fixed'
+        )
+    for target in (f.target for f in found):
         if rank > min(target.shape):
             raise ValueError(
                 f"{target.name} is {target.shape[0]} x {target.shape[1]}: rank {rank} would be more than "
@@ -105,21 +110,22 @@ def attach_adapters(
 def _put_in(
     model: nn.Module,
     kind: str,
-    found: list[tuple[Target, nn.Linear]],
+    found: list[Found],
     rank: int,
     scale: float,
     dropout: float,
     seed: int,
 ) -> list[Adapter]:
     if kind == "lora":
-        names = [target.name for target, _ in found]
+        names = [f.target.name for f in found]
         made = add_lora(model, names, rank, scale * rank, dropout, seed)
-        return [Adapter(target, *made[target.name]) for target, _ in found]
+        return [Adapter(f.target, *made[f.target.name]) for f in found]
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every rank
     layers = []
-    for target, module in found:
-        a, b = _ADDERS[kind](module, target.shape, rank, scale, dropout, generator)
-        layers.append(Adapter(target, module, a, b))
+    for f in found:
+        assert isinstance(f.module, nn.Linear)
+        a, b = _ADDERS[kind](f.module, f.target.shape, rank, scale, dropout, generator)
+        layers.append(Adapter(f.target, f.module, a, b))
     return layers
 
 

@@ -15,6 +15,7 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.optim.families import SQUARE, TOTAL
 from seft_ds.sparse import mask
+from seft_ds.targets import Target
 
 
 def check_contents(pieces: Pieces, share: tuple[int, int] = (0, 1)) -> list[int]:
@@ -52,12 +53,16 @@ def _check_target(pieces: Pieces, i: int) -> int:
     start = mask.unpack(pieces.bits(i, "start_bits", 0, target.numel), target.numel)
     position = pieces.slot_positions(i)
     table = pieces.slots(i, 0, target.numel)
-    count, config = int(live.sum()), pieces.meta.config
+    by_part, config = live.view(target.n_parts, -1).sum(dim=1).tolist(), pieces.meta.config
+    count = sum(by_part)
     exact = config.get("scope") != "global" and config.get("adapt", True)
     text = target.pattern_text
     wrong = {
         f"{count} positions are live, wanted {target.target_live}": exact
         and count != target.target_live,
+        f"its parts have {by_part} live, wanted {target.part_live}": exact
+        and by_part != target.live_by_part,
+        "a slot of one expert's matrix sits in another": not _slots_in_parts(target, position),
         f"its live positions don't follow the pattern {text}": text is not None
         and groups_off_pattern(live.view(target.shape), text) != 0,
         "a slot sits on a dead position": not bool(live[position].all()),
@@ -72,6 +77,13 @@ def _check_target(pieces: Pieces, i: int) -> int:
                 f"{pieces.directory}: {target.name}: {what}; the checkpoint is damaged"
             )
     return count
+
+
+def _slots_in_parts(target: Target, position: torch.Tensor) -> bool:
+    """Does each part have its slots within it? position: int64 (K,), of each slot."""
+    n, counts = target.part_numel, torch.tensor(target.slots_by_part)
+    parts = torch.arange(target.n_parts).repeat_interleave(counts)
+    return torch.equal(position // n, parts)
 
 
 def _weights_fit(

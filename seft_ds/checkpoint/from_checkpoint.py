@@ -18,8 +18,16 @@ from seft_ds.checkpoint.contents import check_contents, check_total
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
 from seft_ds.checkpoint.layout import CheckpointMeta, check_listed, find_tag, read_meta
 from seft_ds.checkpoint.manifest import find_problems
+from seft_ds.checkpoint.parts import (
+    fused_shape,
+    naming_of_folder,
+    stored_infos,
+    stored_pieces,
+    target_infos,
+)
 from seft_ds.checkpoint.pieces import Pieces
 from seft_ds.json_file import shown
+from seft_ds.naming import FUSED, Naming
 from seft_ds.sparse import mask
 from seft_ds.tensor_files import DTYPE_OF_CODE, INDEX_NAME, WEIGHTS_NAME, open_tensors, read_index
 from seft_ds.zero.fingerprint import fingerprint
@@ -52,47 +60,67 @@ def export_checkpoint(
     pieces = Pieces(tag, meta)
     check_total(pieces, sum(check_contents(pieces)))
     base = BaseModel(source, meta) if meta.base == "reference" else None
+    naming = naming_of_folder(source, [t.target() for t in meta.targets])
     return write_sparse_model(
         output_dir,
-        _tensors(pieces, base),
-        layout=_layout(meta, base),
-        targets=_target_infos(pieces, base),
+        _tensors(pieces, base, naming),
+        layout=_layout(meta, base, naming),
+        targets=_target_infos(pieces, naming),
         source_dir=source,
         about=about_run(source, meta.step, (meta.n_events, meta.n_exchanges), meta.config),
     )
 
 
 class BaseModel:
-    """The pruned model that a run started from, its weights as the run loaded them."""
+    """The pruned model that a run started from, its weights as the run loaded them, by their names in the
+    model: what the files have of fused experts is put together."""
 
     def __init__(self, folder: Path, meta: CheckpointMeta):
-        self.meta = meta
-        self.where = tensor_files(folder)
-        self.folder = folder
-        self._targets = {f"{t.name}.weight" for t in meta.targets}
-        missing = sorted((self._targets | set(meta.fingerprints)) - set(self.where))
+        self.meta, self.folder = meta, folder
+        self._files = tensor_files(folder)
+        targets = [t.target() for t in meta.targets]
+        self.naming = naming_of_folder(folder, targets)
+        self._stored: dict[str, list[str]] = {}  # name in the model -> those in the files
+        for key in self._files:
+            name = self.naming.fused_name(key) or self.naming.in_model(key)
+            self._stored.setdefault(name, []).append(key)
+        self._targets = {t.weight_name for t in targets}
+        self._buffers = {o.name: getattr(torch, o.dtype) for o in meta.others if o.buffer}
+        missing = sorted((self._targets | set(meta.fingerprints)) - set(self._stored))
         if missing:
             raise ValueError(
                 f"{folder} has no tensor {missing[0]}: it is not the model of this run"
             )
 
-    def info(self, name: str) -> TensorInfo:
-        with self._open(name) as file:
-            part = file.get_slice(name)  # the header only
-            return TensorInfo(name, tuple(part.get_shape()), self._dtype(part.get_dtype()))
+    def infos(self, name: str) -> list[TensorInfo]:
+        """What the files have of one weight."""
+        found = []
+        for key in self._stored[name]:
+            with self._open(key) as file:
+                part = file.get_slice(key)  # the header only
+                dtype = self._dtype(key, part.get_dtype())
+                found.append(TensorInfo(key, tuple(part.get_shape()), dtype))
+        return found
 
-    def _open(self, name: str) -> Any:
+    def _open(self, key: str) -> Any:
         """The file that holds a tensor. ValueError, naming it, if it doesn't."""
-        file = open_tensors(self.where[name])
-        if name not in file.keys():  # noqa: SIM118 (not a dict)
-            raise ValueError(f"{self.where[name]} lacks {shown(name)}, which the index puts there")
+        file = open_tensors(self._files[key])
+        if key not in file.keys():  # noqa: SIM118 (not a dict)
+            raise ValueError(f"{self._files[key]} lacks {shown(key)}, which the index puts there")
         return file
 
+    def _read(self, key: str) -> torch.Tensor:
+        with self._open(key) as file:
+            code = file.get_slice(key).get_dtype()
+            return file.get_tensor(key).to(self._dtype(key, code)).contiguous()
+
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight in the run's dtype. ValueError if it is not the one that the run loaded."""
-        with self._open(name) as file:
-            code = file.get_slice(name).get_dtype()
-            value = file.get_tensor(name).to(self._dtype(code)).contiguous()
+        """One weight in the run's dtype and the model's shape. ValueError if it is not the one that the run
+        loaded."""
+        if self.naming.is_fused(name):
+            value = self._fused(name)
+        else:
+            value = self._read(self._stored[name][0])
         wanted = self.meta.fingerprints.get(name)
         if wanted is None:  # a buffer, or a copy of a tied weight
             return value
@@ -105,14 +133,29 @@ class BaseModel:
             "model with --model_name_or_path"
         )
 
-    def _dtype(self, code: str) -> torch.dtype:
+    def _fused(self, name: str) -> torch.Tensor:
+        """(experts, out, in) of a fused weight's matrices."""
+        keys = self._stored[name]
+        experts = len(keys) // FUSED[name.rpartition(".")[2]]
+        parts = self.naming.part_names(name, experts)
+        if set(parts) != set(keys):
+            missing = min(set(parts) ^ set(keys))
+            raise ValueError(f"{self.folder}: {missing} is missing or one too many of {name}")
+        matrices = [self._read(key) for key in parts]
+        if any(m.shape != matrices[0].shape or m.dim() != 2 for m in matrices):
+            raise ValueError(f"{self.folder}: the experts of {name} are of different shapes")
+        return torch.cat(matrices).view(experts, -1, matrices[0].shape[1])
+
+    def _dtype(self, key: str, code: str) -> torch.dtype:
+        """What a tensor was in the run: weights are in the run's dtype, buffers have their own."""
         stored = DTYPE_OF_CODE.get(code)
         if stored is None:
             raise ValueError(f"{self.folder} holds a tensor in {code}, which can't be written")
-        return getattr(torch, self.meta.dtype) if stored.is_floating_point else stored
+        weights = getattr(torch, self.meta.dtype) if stored.is_floating_point else stored
+        return self._buffers.get(self.naming.in_model(key), weights)
 
     def others(self) -> list[str]:
-        return [name for name in self.where if name not in self._targets]
+        return [name for name in self._stored if name not in self._targets]
 
 
 def tensor_files(model_dir: Path) -> dict[str, Path]:
@@ -135,49 +178,63 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
 
 
 def whole_weight(pieces: Pieces, base: BaseModel | None, i: int) -> torch.Tensor:
-    """The effective weight of target i, (out, in)."""
-    target = pieces.meta.targets[i]
-    numel = target.shape[0] * target.shape[1]
+    """The effective weight of target i, in the model's shape."""
+    target = pieces.meta.targets[i].target()
+    shape = fused_shape(target)
     if base is None:
-        return pieces.weight(i, 0, numel).view(target.shape)
-    flat = base.tensor(f"{target.name}.weight").view(-1)
-    if flat.numel() != numel:
-        raise ValueError(f"{target.name} of {base.folder} has not the shape {target.shape}")
-    position, value = pieces.touched(i, 0, numel)
+        return pieces.weight(i, 0, target.numel).view(shape)
+    flat = base.tensor(target.weight_name).view(-1)
+    if flat.numel() != target.numel:
+        raise ValueError(f"{target.name} of {base.folder} has not the shape {shape}")
+    position, value = pieces.touched(i, 0, target.numel)
     flat[position] = value
-    return flat.view(target.shape)
+    return flat.view(shape)
 
 
-def _target_infos(pieces: Pieces, base: BaseModel | None) -> dict[str, TargetInfo]:
-    infos = {}
+def _target_infos(pieces: Pieces, naming: Naming) -> dict[str, TargetInfo]:
+    infos: dict[str, TargetInfo] = {}
+    adapt = pieces.meta.config.get("adapt", True)
     for i, meta in enumerate(pieces.meta.targets):
         target = meta.target()
-        live = pieces.bits(i, "live_bits", 0, target.numel)
-        start = pieces.bits(i, "start_bits", 0, target.numel)
-        infos[f"{target.name}.weight"] = TargetInfo(
-            target.pattern_text,
-            target.target_live if pieces.meta.config.get("adapt", True) else None,
-            mask.count(live ^ start),
-            partial(pieces.bits, i, "live_bits", 0, target.numel),  # read again, rather than kept
-        )
+        ranges = [
+            (p * target.part_numel, (p + 1) * target.part_numel) for p in range(target.n_parts)
+        ]
+        parts = [
+            TargetInfo(
+                target.pattern_text,
+                wanted if adapt else None,
+                mask.count(pieces.bits(i, "live_bits", *at) ^ pieces.bits(i, "start_bits", *at)),
+                partial(pieces.bits, i, "live_bits", *at),  # read again, rather than kept
+            )
+            for at, wanted in zip(ranges, target.live_by_part, strict=True)
+        ]
+        infos |= target_infos(naming, target, parts)
     return infos
 
 
-def _layout(meta: CheckpointMeta, base: BaseModel | None) -> list[TensorInfo]:
+def _layout(meta: CheckpointMeta, base: BaseModel | None, naming: Naming) -> list[TensorInfo]:
     dtype = getattr(torch, meta.dtype)
-    targets = [TensorInfo(f"{t.name}.weight", tuple(t.shape), dtype) for t in meta.targets]
+    shapes = [
+        (t.weight_name, fused_shape(t), dtype) for t in (meta.target() for meta in meta.targets)
+    ]
+    if base is None:
+        shapes += [(o.name, tuple(o.shape), getattr(torch, o.dtype)) for o in meta.others]
+    found = [info for each in shapes for info in stored_infos(naming, *each)]
     if base is not None:
-        return targets + [base.info(name) for name in base.others()]
-    others = [TensorInfo(o.name, tuple(o.shape), getattr(torch, o.dtype)) for o in meta.others]
-    return targets + others
+        found += [info for name in base.others() for info in base.infos(name)]
+    return found
 
 
-def _tensors(pieces: Pieces, base: BaseModel | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    pieces: Pieces, base: BaseModel | None, naming: Naming
+) -> Iterator[tuple[str, torch.Tensor]]:
     for i, target in enumerate(pieces.meta.targets):
-        yield f"{target.name}.weight", whole_weight(pieces, base, i)
+        name = target.target().weight_name
+        yield from stored_pieces(naming, name, whole_weight(pieces, base, i))
     if base is not None:
         for name in base.others():
-            yield name, base.tensor(name)
+            yield from stored_pieces(naming, name, base.tensor(name))
         return
     for k, other in enumerate(pieces.meta.others):
-        yield other.name, pieces.other(k, 0, other.numel).view(other.shape)
+        value = pieces.other(k, 0, other.numel).view(other.shape)
+        yield from stored_pieces(naming, other.name, value)

@@ -68,12 +68,30 @@ class TargetMeta(_Plain):
     target_live: int = Count
     pattern: list[Size] | None = Field(min_length=2, max_length=2)
     n_slots: int = Field(ge=1, le=_MOST)
+    experts: int = Field(default=0, ge=0, le=1 << 20)
+    part_live: list[Size] = Field(default=[], max_length=1 << 21)
+    part_slots: list[Size] = Field(default=[], max_length=1 << 21)
 
     def target(self) -> Target:
         pattern = (self.pattern[0], self.pattern[1]) if self.pattern else None
+        shape = (self.shape[0], self.shape[1])
         return Target(
-            self.name, (self.shape[0], self.shape[1]), self.target_live, pattern, self.n_slots
-        )
+            self.name, shape, self.target_live, pattern, self.n_slots, self.experts, self.part_live,
+            self.part_slots,
+        )  # fmt: skip
+
+    def problem_of_parts(self) -> str | None:
+        """What of the parts does not fit together, or None."""
+        n = len(self.part_live)
+        if not self.experts:
+            return f"{n} parts of a weight without experts" if n or self.part_slots else None
+        if not n or n % self.experts or self.shape[0] % n or len(self.part_slots) != n:
+            return f"{n} parts of {self.experts} experts, {len(self.part_slots)} with slots"
+        if sum(self.part_live) != self.target_live or sum(self.part_slots) != self.n_slots:
+            return "its parts don't add up to it"
+        size = self.shape[0] // n * self.shape[1]
+        pairs = zip(self.part_slots, self.part_live, strict=True)
+        return None if all(k <= live <= size for k, live in pairs) else "a part has too many slots"
 
 
 class OtherMeta(_Plain):
@@ -148,6 +166,8 @@ class CheckpointMeta(_Plain):
                 return f"{target.name}: pattern {n_m}"
             if target.n_slots > target.target_live:
                 return f"{target.name}: {target.n_slots} slots, {target.target_live} live"
+            if problem := target.problem_of_parts():
+                return f"{target.name}: {problem}"
         for i, target in enumerate(self.targets):
             end = 0
             for ranges in self.slot_ranges:
@@ -169,7 +189,7 @@ class CheckpointMeta(_Plain):
 
     def _problem_of_names(self) -> str | None:
         """Is every weight of the base model there, and nothing twice?"""
-        targets = [f"{t.name}.weight" for t in self.targets]
+        targets = [t.target().weight_name for t in self.targets]
         names = [*targets, *(o.name for o in self.others)]
         if len(set(names)) != len(names) or "__metadata__" in names:
             return "a weight or buffer is listed twice, or under a name that the format reserves"

@@ -143,7 +143,7 @@ def _check_base(seft: SparseEvolution, meta: CheckpointMeta) -> None:
 
     A copy holds the targets whole, so only the weights that a load doesn't touch have to be the same.
     """
-    targets = {f"{s.target.name}.weight" for s in seft.states}
+    targets = {s.target.weight_name for s in seft.states}
     names = set(meta.fingerprints) | set(seft.base_fingerprints)
     if meta.base == "copy":
         names -= targets

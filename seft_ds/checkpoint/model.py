@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
+from seft_ds.checkpoint.export import TargetInfo, about_run, write_sparse_model
+from seft_ds.checkpoint.parts import part_bits, stored_infos, stored_pieces, target_infos
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.sparse.linear import DELTA, POSITION
+from seft_ds.naming import Naming, naming_of_model
+from seft_ds.sparse.linear import is_slot_parameter
 from seft_ds.zero import shards
 from seft_ds.zero.engine import SparseEvolution
 
@@ -34,12 +36,21 @@ def save_model(
     seft: SparseEvolution = engine.seft
     seft.check()
     named = dict(model_tensors(engine.module))
-    layout = [TensorInfo(n, shards.shape_of(p), p.dtype) for n, p in named.items()]
-    targets = _target_infos(seft)
+    naming = naming_of_model(engine.module)
+    layout = [
+        info
+        for n, p in named.items()
+        for info in stored_infos(naming, n, shards.shape_of(p), p.dtype)
+    ]
+    targets = _target_infos(seft, naming)
     facts = about_run(
         source_dir, seft.step, (seft.n_events, seft.n_exchanges), seft.config.model_dump()
     ) | (about or {})
-    gathered = ((n, shards.gather_whole(p, seft.ranks)) for n, p in named.items())
+    gathered = (
+        piece
+        for n, p in named.items()
+        for piece in stored_pieces(naming, n, shards.gather_whole(p, seft.ranks))
+    )
     return write_on_first(
         seft.ranks, gathered, gathered, output_dir, layout=layout, targets=targets, source_dir=source_dir,
         about=facts,
@@ -79,7 +90,7 @@ def write_on_first(
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of everything a saved model holds: tied ones once, no slots, no derived buffers."""
     for name, param in model.named_parameters():
-        if not name.endswith((f".{DELTA}", f".{POSITION}")):
+        if not is_slot_parameter(name):
             yield name, param
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -87,15 +98,18 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _target_infos(seft: SparseEvolution) -> dict[str, TargetInfo]:
-    infos = {}
-    for i, (state, changed) in enumerate(zip(seft.states, seft.changed_positions(), strict=True)):
+def _target_infos(seft: SparseEvolution, naming: Naming) -> dict[str, TargetInfo]:
+    infos: dict[str, TargetInfo] = {}
+    changed = iter(seft.changed_positions())
+    for i, target in enumerate(s.target for s in seft.states):
         bits = seft.live_bits(i)  # a collective; only the rank that writes keeps it
-        infos[f"{state.target.name}.weight"] = TargetInfo(
-            pattern=state.target.pattern_text,
+        kept = part_bits(bits, target) if seft.ranks.rank == 0 else [None] * target.n_parts
+        parts = [
             # Without `adapt` the count is a result, and nothing was aimed at.
-            target_live=state.target.target_live if seft.config.adapt else None,
-            changed_positions=changed,
-            live_bits=bits if seft.ranks.rank == 0 else None,
-        )
+            TargetInfo(
+                target.pattern_text, live if seft.config.adapt else None, next(changed), part
+            )
+            for live, part in zip(target.live_by_part, kept, strict=True)
+        ]
+        infos |= target_infos(naming, target, parts)
     return infos

@@ -144,9 +144,11 @@ class Pieces:
         return found
 
     def curvature(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sums of outputs, fp32 (out,), and inputs, fp32 (in,), of an exchange's open window."""
+        """The sums of outputs, fp32 (out,), and inputs, fp32 (in,), of an exchange's open window; of a fused
+        weight the inputs of each expert."""
         names = (f"{i}.curvature.output", f"{i}.curvature.input")
-        sizes = self.meta.targets[i].shape
+        target = self.meta.targets[i]
+        sizes = (target.shape[0], target.shape[1] * max(1, target.experts))
         output, input = (
             self._tensor(0, n, torch.float32, k) for n, k in zip(names, sizes, strict=True)
         )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, write_sparse_model
+from seft_ds.checkpoint.parts import stored_pieces
+from seft_ds.naming import naming_of_model
 from seft_ds.sparse import mask
 from seft_ds.sparse.pattern import at_most, fill
 from seft_ds.targets import parse_pattern
@@ -26,12 +28,18 @@ def save_pruned(
 
     `targets`: tensor name -> "N:M" or None; what is not zero is live. In an N:M weight a group with
     fewer than N nonzero entries (a dead input column, say) has its first zeros declared live, and a
-    group with more is a ValueError. Tied copies are written once, under the name that ties them.
+    group with more is a ValueError. Names are those in the files: of fused experts one a matrix. Tied
+    copies are written once, under the name that ties them.
     """
-    state = dict(_distinct_tensors(model))
+    naming = naming_of_model(model)
+    state = {
+        n: t for name, x in _distinct_tensors(model) for n, t in stored_pieces(naming, name, x)
+    }
     missing = sorted(set(targets) - set(state))
     if missing:
-        raise ValueError(f"targets {missing[:3]} are no tensors of the model; use state_dict names")
+        raise ValueError(
+            f"targets {missing[:3]} are no tensors of the model; use the names that its files have"
+        )
     infos = {}
     for name, pattern in targets.items():
         live = nonzero_live(name, state[name], pattern)

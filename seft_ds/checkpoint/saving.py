@@ -149,7 +149,7 @@ def _tensors_of(state: WeightState, base: str) -> dict[str, torch.Tensor]:
 
 def others_of(seft: SparseEvolution) -> list[tuple[OtherMeta, torch.Tensor]]:
     """Every weight that is no target, and every buffer that a saved model holds."""
-    ours = {f"{s.target.name}.weight" for s in seft.states}
+    ours = {s.target.weight_name for s in seft.states}
     return [
         (
             OtherMeta(

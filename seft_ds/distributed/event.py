@@ -8,11 +8,14 @@ Where we depart from the paper: sensitivity prunes only positions that no slot h
 so a literal reading would prune every revival at once), and with `scope: global` a weight grows as many
 slots as it dropped, because its delta vector has a fixed size; which slots drop and which live weights
 are pruned is decided over all weights together, so live weights do move between weights.
+
+A matrix of an expert that no token reached has a gradient of exactly 0 everywhere: nothing is known of its
+slots or its live weights. It takes no part in the event, neither giving nor taking, whatever the scope.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -51,6 +54,7 @@ class Change:
     fresh_base: torch.Tensor  # (m,) fp32: the weight at the fresh position (exact for bf16)
     revived: torch.Tensor  # (m,) bool: the fresh position was dead
     pruned: torch.Tensor  # (p,) int64 positions that die by sensitivity
+    idle: int = 0  # matrices of experts that no token reached, and that stayed as they were
 
     @property
     def kept(self) -> int:
@@ -80,11 +84,33 @@ class _Draft:
 def plan(shards: list[Shard], rate: float, settings: EventSettings, ranks: Ranks) -> list[Change]:
     """Decide one event for `shards` (this rank's shard of each weight, in order), over all ranks.
 
-    Collectives: four selections at most, two small sums and the gathered position lists.
+    Collectives: four selections at most, two or three small sums and the gathered position lists.
 
     Args:
         rate: the share of slots to drop, in [0, 1].
     """
+    idle = _idle(shards, ranks)
+    busy = [shard for shard, off in zip(shards, idle, strict=True) if not off]
+    changes = iter(_plan_busy(busy, rate, settings, ranks) if busy else [])
+    device = shards[0].weight.device
+    return [_unchanged(device) if off else next(changes) for off in idle]
+
+
+def join(changes: list[Change]) -> Change:
+    """The changes of the parts of one weight, in the order of their positions, as one."""
+    lists = {
+        f.name: torch.cat([getattr(c, f.name) for c in changes])
+        for f in fields(Change)
+        if f.name not in ("dropped", "idle")
+    }
+    return Change(
+        dropped=sum(c.dropped for c in changes), idle=sum(c.idle for c in changes), **lists
+    )
+
+
+def _plan_busy(
+    shards: list[Shard], rate: float, settings: EventSettings, ranks: Ranks
+) -> list[Change]:
     drafts = [_Draft(shard) for shard in shards]
     scope = _scope_groups(shards, settings)
     _drop(drafts, scope, rate, ranks)
@@ -93,6 +119,25 @@ def plan(shards: list[Shard], rate: float, settings: EventSettings, ranks: Ranks
     # Placing the fresh slots leaves nothing to decide: δ = 0, base = the current weight.
     _adapt(drafts, scope, excess, settings, ranks)
     return _gather(drafts, ranks)
+
+
+def _idle(shards: list[Shard], ranks: Ranks) -> list[bool]:
+    """Which shards' weights had no gradient at all on any rank, of those that may. One small sum, if any."""
+    if not any(s.may_idle for s in shards):
+        return [False] * len(shards)
+    seen = torch.stack(
+        [s.Q.any() | s.G.any() if s.may_idle else s.live.new_ones(()) for s in shards]
+    )
+    return (ranks.sum_(seen.to(torch.int64)) == 0).tolist()
+
+
+def _unchanged(device: torch.device) -> Change:
+    index, flag = (torch.empty(0, dtype=d, device=device) for d in (torch.int64, torch.bool))
+    value = torch.empty(0, dtype=torch.float32, device=device)
+    return Change(
+        dropped=0, released=index, released_slot=index, folded=flag, died=flag, fresh=index,
+        fresh_G=value, fresh_Q=value, fresh_base=value, revived=flag, pruned=index, idle=1,
+    )  # fmt: skip
 
 
 def _scope_groups(shards: list[Shard], settings: EventSettings) -> list[int]:

@@ -7,6 +7,8 @@ optimizer sees (mean over ranks, after loss scaling and clipping).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from seft_ds.distributed.collectives import Ranks
@@ -27,18 +29,19 @@ class Window:
         self.Q = torch.zeros_like(self._step)
         self.steps = 0
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+    def add(self, dy: torch.Tensor, x: torch.Tensor, ends: Sequence[int] | None = None) -> None:
         """Add one micro-batch's gradient dyᵀx. dy: (tokens, out); x: (tokens, in).
 
         A collective, called inside backward: every rank must run the same graph. In pieces of bounded size,
-        each with some rows of every owner, so that one sum serves them all whatever the number of ranks.
+        each with some rows of every owner, so that one sum serves them all whatever the number of ranks. How
+        many there are does not depend on `ends` (`dense_parts`): ranks may send tokens to different experts.
         """
         columns = x.shape[1]
         length = rows_a_piece(len(self._ranges), columns) * columns
         longest = max(hi - lo for lo, hi in self._ranges)
         for begin in range(0, longest, length):
             parts = [(min(lo + begin, hi), min(lo + begin + length, hi)) for lo, hi in self._ranges]
-            mine = self._ranks.sum_scatter(dense_parts(dy, x, parts))
+            mine = self._ranks.sum_scatter(dense_parts(dy, x, parts, ends))
             lo, hi = parts[self._ranks.rank]
             self._step[lo - self._lo : hi - self._lo] += mine[: hi - lo]
 

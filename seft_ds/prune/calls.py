@@ -12,6 +12,7 @@ change the hidden states between two blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from seft_ds.prune.blocks import Block
+from seft_ds.sparse.experts import experts_forward, grouped
 
 
 @dataclass
@@ -111,7 +113,8 @@ def _pass_through(
 
         return stub
 
-    with _replaced_forwards(blocks, stub_of):
+    stubs = {block.module: stub_of(index) for index, block in enumerate(blocks)}.__getitem__
+    with _replaced([block.module for block in blocks], stubs):
         try:
             # Without a cache: a replayed block must not append to keys of an earlier call.
             model(input_ids=sequence.unsqueeze(0), use_cache=False)
@@ -121,29 +124,30 @@ def _pass_through(
 
 
 @contextmanager
-def _replaced_forwards(
-    blocks: list[Block], stub_of: Callable[[int], Callable[..., Any]]
+def _replaced(
+    modules: list[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Every block's `forward` is another one; its hooks and its class stay as they are."""
+    """Every module's `forward` is another one; its hooks and its class stay as they are."""
     # An own `forward`, as accelerate's hooks put there, has to come back.
-    own = [block.module.__dict__.get("forward") for block in blocks]
+    own = [module.__dict__.get("forward") for module in modules]
     try:
-        for index, block in enumerate(blocks):
-            block.module.__dict__["forward"] = stub_of(index)
+        for module in modules:
+            module.__dict__["forward"] = forward_of(module)
         yield
     finally:
-        for block, forward in zip(blocks, own):
-            block.module.__dict__.pop("forward", None)
+        for module, forward in zip(modules, own):
+            module.__dict__.pop("forward", None)
             if forward is not None:
-                block.module.__dict__["forward"] = forward
+                module.__dict__["forward"] = forward
 
 
 def linear_inputs(
     block: Block, call: Call, hidden: torch.Tensor
 ) -> list[tuple[list[str], torch.Tensor]]:
-    """(names of linear layers, their common input (tokens, in)) for one sequence, in running order.
+    """(names of matrices, their common input (tokens, in)) for one sequence, in running order.
 
-    Layers that read the very same tensor (q, k and v; gate and up) share an entry.
+    Layers that read the very same tensor (q, k and v; gate and up) share an entry. Every expert has one for
+    its gate and up and one for its down projection, with the tokens that reach it: possibly none.
     hidden: (1, tokens, hidden size), what enters the block.
 
     Raises:
@@ -165,18 +169,38 @@ def linear_inputs(
         return lambda module, args: note(name, args[0])
 
     handles = [m.register_forward_pre_hook(noting(name)) for name, m in block.linears.items()]
+
+    def noting_experts(module: nn.Module) -> Callable[..., torch.Tensor]:
+        def product(parameter: str, x: torch.Tensor, ends: list[int]) -> torch.Tensor:
+            for names, part in zip(block.experts[module][parameter], _split(x, ends), strict=True):
+                ran.extend(names)
+                found.append((list(names), part))
+            weight = module._parameters[parameter]
+            assert weight is not None
+            return grouped(x.to(weight.dtype), weight, ends)
+
+        return lambda hidden_states, top_k_index, top_k_weights: experts_forward(
+            module, hidden_states, top_k_index, top_k_weights, product
+        )
+
     try:
-        call.replay(block.module, hidden)
+        with _replaced(list(block.experts), noting_experts):
+            call.replay(block.module, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    odd = sorted(name for name in block.linears if ran.count(name) != 1)
+    odd = sorted(block.matrices.keys() - {n for n, k in Counter(ran).items() if k == 1})
     if odd:
         raise ValueError(
             f"{odd[0]} ran {ran.count(odd[0])} times in one pass of its block, so it has no single input "
             "to be calibrated with; use --method magnitude"
         )
     return [(names, x.detach().reshape(-1, x.shape[-1])) for names, x in found]
+
+
+def _split(x: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
+    """Each expert's rows of x (rows, in): copies, so that no product's last bits depend on where they lay."""
+    return [x[lo:hi].clone() for lo, hi in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:

@@ -132,7 +132,9 @@ def assemble(
         ValueError: `output` holds a model.
         RuntimeError: the files read back differ.
     """
-    place = {f"{name}.weight": index for index, b in enumerate(source.blocks) for name in b.linears}
+    place = {
+        f"{name}.weight": index for index, b in enumerate(source.blocks) for name in b.matrices
+    }
     layout, shapes = source.layout(), weight_shapes(source.blocks)
     targets = {
         name: TargetInfo(

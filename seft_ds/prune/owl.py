@@ -21,7 +21,7 @@ from seft_ds.prune.blocks import Block, weight_shapes
 from seft_ds.prune.calls import Call
 from seft_ds.prune.choose import Quota, apportion
 from seft_ds.prune.statistics import input_square_sums
-from seft_ds.prune.walk import Deaths, Source, walk, weights_of
+from seft_ds.prune.walk import Pruned, Source, walk, weights_of
 from seft_ds.prune.wanda import wanda_scores
 
 
@@ -104,11 +104,11 @@ def measured_quotas(
     """
     shares = []
 
-    def measure(block: Block, call: Call, hidden: list[torch.Tensor]) -> Deaths:
-        sums = input_square_sums(block, call, hidden, ranks)
-        pairs = [(w, sums[n.removesuffix(".weight")]) for n, w in weights_of(block).items()]
+    def measure(block: Block, call: Call, hidden: list[torch.Tensor]) -> Pruned:
+        inputs = input_square_sums(block, call, hidden, ranks)
+        pairs = [(w, inputs[n.removesuffix(".weight")][0]) for n, w in weights_of(block).items()]
         shares.append(outlier_share(pairs, settings.outlier_factor))
-        return {}
+        return Pruned({})
 
     walk(_Dense(source), sequences, measure, ranks, progress=progress, what="outliers")
     density = densities(shares, sparsity, settings.density_range)
@@ -133,5 +133,5 @@ class _Dense:
     def finished(self, index: int) -> bool:
         return False
 
-    def keep(self, index: int, deaths: Deaths) -> None:
+    def keep(self, index: int, pruned: Pruned) -> None:
         pass

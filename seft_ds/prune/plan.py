@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from seft_ds.prune.blocks import Block, decoder_blocks
+from seft_ds.prune.blocks import Block, Matrix, decoder_blocks
 from seft_ds.prune.choose import SCORES_AT_ONCE
 from seft_ds.prune.statistics import STRIP
 
@@ -80,7 +80,8 @@ def pruning_plan(
     block = max(blocks, key=_numel)
     size = dtype.itemsize
     block_bytes = _numel(block) * size
-    largest = max(m.weight.numel() for m in block.linears.values())
+    shapes = {name: m.shape for name, m in block.matrices.items()}
+    largest = max(math.prod(shape) for shape in shapes.values())
     embedding_bytes = model.get_input_embeddings().weight.numel() * size
     # Reading: the mapped file beside the copy. Writing: the weight, its mask, the weight with exact zeros.
     stages = {
@@ -88,7 +89,7 @@ def pruning_plan(
             "one tensor": max(2 * embedding_bytes, largest * (3 * size + 4)),
         }
     }
-    masks = sum(m.weight.numel() for m in block.linears.values())
+    masks = sum(math.prod(shape) for shape in shapes.values())
     ranking = largest * 9 + min(largest, SCORES_AT_ONCE) * _RANKING_BYTES
     if method == "magnitude":
         parts = {"block": block_bytes, "masks": masks, "scores": ranking}
@@ -96,10 +97,13 @@ def pruning_plan(
     width = model.get_input_embeddings().weight.shape[1]
     hidden = {HIDDEN: math.ceil(sequences / ranks) * length_tokens * width * size}
     groups = input_groups(block)
-    inputs = [block.linears[names[0]].in_features for names in groups]
-    running = length_tokens * size * (
-        sum(inputs) + sum(m.out_features for m in block.linears.values())
-    ) + length_tokens * width * (2 * size + 12)  # norms run in fp32
+    inputs = [shapes[names[0]][1] for names in groups]
+    # An expert sees its share of the tokens on average.
+    share = {name: _share_of_tokens(model, m) for name, m in block.matrices.items()}
+    passing = sum(share[names[0]] * n for names, n in zip(groups, inputs))
+    passing += sum(share[name] * shape[0] for name, shape in shapes.items())
+    # Norms run in fp32.
+    running = math.ceil(length_tokens * (size * passing + width * (2 * size + 12)))
     held = {"block": block_bytes, **hidden}
     stages = {
         "read the embedding": {"embedding": 2 * embedding_bytes},
@@ -134,12 +138,20 @@ def input_groups(block: Block) -> list[list[str]]:
     make. What a run does is seen in the tensors themselves (`linear_inputs`).
     """
     by_parent: dict[str, list[str]] = {}
-    for name in block.linears:
+    for name in block.matrices:
         by_parent.setdefault(name.rpartition(".")[0], []).append(name)
     groups = []
     for names in by_parent.values():
         groups += [group for group in (names[:-1], names[-1:]) if group]
     return groups
+
+
+def _share_of_tokens(model: Any, matrix: Matrix) -> float:
+    """The share of all tokens that reach a matrix, if experts are used alike."""
+    if not matrix.is_expert:
+        return 1.0
+    experts = matrix.module._parameters[matrix.parameter].shape[0]  # type: ignore[union-attr]
+    return float(getattr(model.config, "num_experts_per_tok", experts)) / experts
 
 
 def _numel(block: Block) -> int:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from seft_ds.checkpoint.parts import stored_infos
+from seft_ds.naming import naming_of_model
 from seft_ds.prune.blocks import Block, decoder_blocks
-from seft_ds.prune.walk import Deaths
+from seft_ds.prune.walk import Pruned, weights_of
 from seft_ds.prune.work import Work
 from seft_ds.tensor_files import Stored, TensorInfo, open_tensors
 
@@ -35,14 +37,21 @@ def main_dtype(stored: dict[str, Stored]) -> torch.dtype:
 
 
 def match_names(model: Any, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The stored tensors by their names in the model, in the model's order; tied copies once.
+    """The stored tensors by the names that the family's files have, in the model's order; tied copies once.
 
-    Files of a model that was saved without its head leave out the base model's prefix.
+    Those are the names in the model, but for experts, which have a tensor a matrix (`seft_ds.naming`). Files
+    of a model that was saved without its head leave out the base model's prefix.
 
     Raises:
         ValueError: a tensor that the model lacks or that the files lack, or another shape.
     """
-    state = model.state_dict()
+    naming = naming_of_model(model)
+    infos = [
+        info
+        for name, t in model.state_dict().items()
+        for info in stored_infos(naming, name, tuple(t.shape), t.dtype)
+    ]
+    state = {info.name: info.shape for info in infos}
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})  # copy -> original
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, Stored] = {}
@@ -69,10 +78,10 @@ def match_names(model: Any, stored: dict[str, Stored]) -> dict[str, Stored]:
             "and prune that"
         )
     for name, tensor in found.items():
-        if tensor.shape != tuple(state[name].shape):
+        if tensor.shape != state[name]:
             raise ValueError(
                 f"{tensor.key} in {tensor.path} has shape {tensor.shape}, config.json means "
-                f"{tuple(state[name].shape)}; give a folder whose files belong together"
+                f"{state[name]}; give a folder whose files belong together"
             )
     return {name: found[name] for name in state if name in found}
 
@@ -117,21 +126,25 @@ class FromFiles:
     ) -> None:
         self.model, self.blocks, self.device = model, decoder_blocks(model), device
         self._tensors, self._work, self._dtype, self._writes = tensors, work, dtype, writes
+        self._naming = naming_of_model(model)
+        self._buffers = {self._naming.in_files(name) for name, _ in model.named_buffers()}
         self._finished = finished or set()
         self._open: int | None = None
         _give_freed_memory_back()
 
     def read(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         """The dense tensor of a name, in the run's dtype, on the run's device unless another is given."""
-        tensor = self._tensors[name].read()
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device or self.device, dtype)
+        return self._tensors[name].read().to(device or self.device, self._dtype_of(name))
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Weights are in the run's dtype; buffers keep their own (a router's correction is fp32)."""
+        stored = self._tensors[name].dtype
+        return self._dtype if stored.is_floating_point and name not in self._buffers else stored
 
     def layout(self) -> list[TensorInfo]:
         """Name, shape and dtype of every tensor that the pruned model has."""
         return [
-            TensorInfo(name, t.shape, self._dtype if t.dtype.is_floating_point else t.dtype)
-            for name, t in self._tensors.items()
+            TensorInfo(name, t.shape, self._dtype_of(name)) for name, t in self._tensors.items()
         ]
 
     @contextmanager
@@ -145,7 +158,7 @@ class FromFiles:
             def load(module: nn.Module, args: tuple) -> None:
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     if parameter.device.type == "meta":
-                        _put(module, name, self.read(f"{prefix}.{name}"))
+                        _put(module, name, self.read(self._naming.in_files(f"{prefix}.{name}")))
                         loaded.append((module, name))
 
             return load
@@ -170,9 +183,7 @@ class FromFiles:
         names = [name for name, _ in block.module.named_parameters()]
         try:
             for name in names:
-                full = f"{block.prefix}.{name}"
-                tensor = self._work.read(index, full) if full in kept else self.read(full)
-                _put(*_place(block.module, name), tensor.to(self.device))
+                _put(*_place(block.module, name), self._parameter(index, block, name, kept))
             self._open = index
             yield block
         finally:
@@ -181,23 +192,38 @@ class FromFiles:
                 _drop(*_place(block.module, name))
             _give_freed_memory_back()
 
+    def _parameter(self, index: int, block: Block, name: str, kept: set[str]) -> torch.Tensor:
+        """A parameter of a block, its pieces read from the files, or from the work where it has them."""
+        whole = block.module.get_parameter(name)
+        infos = stored_infos(
+            self._naming, f"{block.prefix}.{name}", tuple(whole.shape), whole.dtype
+        )
+        dtype = self._dtype if whole.is_floating_point() else whole.dtype
+        value = torch.empty(whole.shape, dtype=dtype, device=self.device)
+        for info, piece in zip(infos, value.view(len(infos), -1), strict=True):
+            read = self._work.read(index, info.name) if info.name in kept else self.read(info.name)
+            piece.copy_(read.view(-1))
+        return value
+
     def finished(self, index: int) -> bool:
         return index in self._finished
 
-    def keep(self, index: int, deaths: Deaths) -> None:
+    def keep(self, index: int, pruned: Pruned) -> None:
         """Write the open block's pruned weights with their masks, if it is this rank that does."""
         assert self._open == index
         if self._writes:
-            weights = {name: self.model.get_parameter(name).data for name in deaths}
-            self._work.keep(index, weights, deaths)
+            weights = weights_of(self.blocks[index])
+            weights = {name: weights[name] for name in pruned.deaths}
+            self._work.keep(index, weights, pruned.deaths, len(pruned.by_magnitude))
         self._finished.add(index)
 
     def _fill_buffers(self) -> None:
         """Buffers that the files hold, which few models have."""
-        buffers = dict(self.model.named_buffers())
-        for name in self._tensors:
-            if name in buffers:
-                buffers[name].copy_(self.read(name))
+        for name, _ in list(self.model.named_buffers()):
+            stored = self._naming.in_files(name)
+            if stored in self._tensors:
+                module, leaf = _place(self.model, name)
+                module._buffers[leaf] = self.read(stored)
 
 
 def _give_freed_memory_back() -> None:

@@ -21,10 +21,13 @@ from seft_ds.prune.wanda import square_sums
 STRIP = 1024  # columns of a Gram matrix that are one product
 
 
+FEW_TOKENS = 16  # below: an expert's inputs say less of it than its weights do (docs/pruning.md)
+
+
 def input_square_sums(
     block: Block, call: Call, hidden: list[torch.Tensor], ranks: Ranks
-) -> dict[str, torch.Tensor]:
-    """Per linear layer, float64 (in,): Σ x² of its inputs over the tokens of all sequences.
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """Per matrix: Σ x² of its inputs over all tokens that reach it, float64 (in,), and how many those are.
 
     `hidden` holds the block inputs, (1, tokens, hidden size) each, of the sequences rank, rank + ranks.size
     and so on; a rank may have none. Three collectives a block.
@@ -35,48 +38,63 @@ def input_square_sums(
     for state in hidden:
         inputs = linear_inputs(block, call, state.to(device))
         groups = [names for names, _ in inputs]
-        rows.append(torch.cat([square_sums(x) for _, x in inputs]))
+        rows.append(torch.cat([_sums_and_tokens(x) for _, x in inputs]))
     groups = ranks.gather_object(groups)[0]  # rank 0 always has a sequence
-    widths = [block.linears[names[0]].in_features for names in groups]
+    widths = [block.matrices[names[0]].shape[1] + 1 for names in groups]
     none = torch.empty(0, dtype=torch.float64, device=device)
     parts = [p.view(-1, sum(widths)) for p in ranks.gather(torch.cat(rows) if rows else none)]
     ordered = parts[0].new_empty(sum(len(p) for p in parts), sum(widths))
     for rank, part in enumerate(parts):
         ordered[rank :: ranks.size] = part
     sums = ordered.sum(dim=0).split(widths)
-    return {name: total for names, total in zip(groups, sums) for name in names}
+    counts = torch.stack([total[-1] for total in sums]).tolist()
+    return {
+        name: (total[:-1], int(tokens))
+        for names, total, tokens in zip(groups, sums, counts)
+        for name in names
+    }
+
+
+def _sums_and_tokens(x: torch.Tensor) -> torch.Tensor:
+    """float64 (in + 1,): Σ x² over the rows of x (tokens, in), and how many rows there are."""
+    return torch.cat(
+        [square_sums(x), torch.full((1,), len(x), dtype=torch.float64, device=x.device)]
+    )
 
 
 def input_grams(
     block: Block, call: Call, hidden: list[torch.Tensor], ranks: Ranks
-) -> list[tuple[list[str], torch.Tensor]]:
-    """(names of linear layers, fp32 (in, in)): 2/N Σ x xᵀ over the N tokens of all sequences.
+) -> list[tuple[list[str], torch.Tensor, int]]:
+    """(names of matrices, fp32 (in, in): 2/N Σ x xᵀ over the N tokens that reach them, N).
 
-    This is the H of arXiv 2301.00774, section 3.1; layers with the same input share one. `hidden` is as in
+    This is the H of arXiv 2301.00774, section 3.1; matrices with the same input share one. `hidden` is as in
     `input_square_sums`. Collectives: the inputs of all sequences once, and each matrix once.
     """
     device = _device(block)
-    dealt = ranks.gather_object((len(hidden), hidden[0].shape[1] if hidden else 0))
-    tokens = dealt[0][1]  # rank 0 always has a sequence, and all are of the same length
+    most = ranks.gather_object(len(hidden))[0]  # rank 0 always has the most sequences
     groups: list[list[str]] = []
     grams: list[torch.Tensor] = []
-    for turn in range(dealt[0][0]):
+    tokens: list[int] = []
+    for turn in range(most):
         mine = linear_inputs(block, call, hidden[turn].to(device)) if turn < len(hidden) else []
         if turn == 0:
             groups = ranks.gather_object([names for names, _ in mine])[0]
-            widths = [block.linears[names[0]].in_features for names in groups]
+            widths = [block.matrices[names[0]].shape[1] for names in groups]
             grams = [torch.zeros(n, n, dtype=torch.float32, device=device) for n in widths]
+            tokens = [0] * len(groups)
+        rows = ranks.gather_object([len(x) for _, x in mine])
         for i, gram in enumerate(grams):
-            like = block.linears[groups[i][0]].weight
+            like = block.matrices[groups[i][0]].value()
             x = mine[i][1] if mine else like.new_empty(0, len(gram))
-            rows = [tokens if turn < count else 0 for count, _ in dealt]
-            for one in _everyones(x, rows, ranks):
+            counts = [each[i] if each else 0 for each in rows]
+            tokens[i] += sum(counts)
+            for one in _everyones(x, counts, ranks):
                 # A copy, for its alignment, on which a product's last bits may depend.
                 _add_strips(gram, one.to(torch.float32, copy=True), ranks)
-    for gram in grams:
+    for gram, n in zip(grams, tokens):
         spread_(gram, ranks)
-        gram *= 2 / (tokens * sum(count for count, _ in dealt))
-    return list(zip(groups, grams))
+        gram *= 2 / max(n, 1)
+    return list(zip(groups, grams, tokens))
 
 
 def spread_(tensor: torch.Tensor, ranks: Ranks) -> None:

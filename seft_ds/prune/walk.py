@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,12 +30,23 @@ from seft_ds.prune.calls import Call, enter, record_calls
 from seft_ds.prune.choose import Budget, Quota, zero_
 from seft_ds.prune.magnitude import magnitude_dead
 from seft_ds.prune.sparsegpt import inverse_factor, sparsegpt
-from seft_ds.prune.statistics import input_grams, input_square_sums, spread_
+from seft_ds.prune.statistics import FEW_TOKENS, input_grams, input_square_sums, spread_
 from seft_ds.prune.wanda import wanda_dead
 
 Deaths = dict[str, torch.Tensor]  # weight name -> bool (out, in), what died
+
+
+@dataclass
+class Pruned:
+    """What happened to a block."""
+
+    deaths: Deaths
+    # Weights of experts that too few tokens reached, and that were pruned by |w| for it.
+    by_magnitude: list[str] = field(default_factory=list)
+
+
 # Prunes an open block in place, given its call and this rank's hidden states.
-PruneBlock = Callable[[Block, Call, list[torch.Tensor]], Deaths]
+PruneBlock = Callable[[Block, Call, list[torch.Tensor]], Pruned]
 
 
 class Source(Protocol):
@@ -56,7 +68,7 @@ class Source(Protocol):
         """Whether the block was pruned before, by a run that this one goes on with."""
         ...
 
-    def keep(self, index: int, deaths: Deaths) -> None:
+    def keep(self, index: int, pruned: Pruned) -> None:
         """The open block has been pruned."""
         ...
 
@@ -77,7 +89,7 @@ class InMemory:
     def finished(self, index: int) -> bool:
         return False
 
-    def keep(self, index: int, deaths: Deaths) -> None:
+    def keep(self, index: int, pruned: Pruned) -> None:
         pass
 
 
@@ -169,7 +181,7 @@ def by_magnitude(
             for name, weight in weights_of(block).items():
                 deaths[name] = magnitude_dead(weight, quotas[name], name)
                 zero_(weight, deaths[name])
-            source.keep(index, deaths)
+            source.keep(index, Pruned(deaths))
 
 
 def walk(
@@ -221,14 +233,19 @@ def advance(block: Block, call: Call, hidden: list[torch.Tensor], device: torch.
 def wanda_block(quotas: dict[str, Quota], ranks: Ranks) -> PruneBlock:
     """Wanda for one block; every rank does all of it with the common statistics."""
 
-    def prune(block: Block, call: Call, hidden: list[torch.Tensor]) -> Deaths:
-        sums = input_square_sums(block, call, hidden, ranks)
-        deaths = {}
+    def prune(block: Block, call: Call, hidden: list[torch.Tensor]) -> Pruned:
+        inputs = input_square_sums(block, call, hidden, ranks)
+        done = Pruned({})
         for name, weight in weights_of(block).items():
-            layer = name.removesuffix(".weight")
-            deaths[name] = wanda_dead(weight, sums[layer], quotas[name], name)
-            zero_(weight, deaths[name])
-        return deaths
+            sums, tokens = inputs[name.removesuffix(".weight")]
+            if _too_few(block, name, tokens):
+                done.by_magnitude.append(name)
+                dead = magnitude_dead(weight, quotas[name], name)
+            else:
+                dead = wanda_dead(weight, sums, quotas[name], name)
+            zero_(weight, dead)
+            done.deaths[name] = dead
+        return done
 
     return prune
 
@@ -236,12 +253,18 @@ def wanda_block(quotas: dict[str, Quota], ranks: Ranks) -> PruneBlock:
 def sparsegpt_block(quotas: dict[str, Quota], ranks: Ranks) -> PruneBlock:
     """SparseGPT for one block: each layer is solved by one rank, and all get its weight and mask."""
 
-    def prune(block: Block, call: Call, hidden: list[torch.Tensor]) -> Deaths:
+    def prune(block: Block, call: Call, hidden: list[torch.Tensor]) -> Pruned:
         grams = input_grams(block, call, hidden, ranks)
         weights = weights_of(block)
+        few = [
+            name
+            for names, _, tokens in grams
+            for name in (f"{n}.weight" for n in names)
+            if _too_few(block, name, tokens)
+        ]
         owners = deal({n: w.shape[0] * w.shape[1] ** 2 for n, w in weights.items()}, ranks.size)
         mine = {n: w for n, w in weights.items() if owners[n] == ranks.rank}
-        solved = all_or_none(ranks, lambda: _solve(grams, mine, quotas))
+        solved = all_or_none(ranks, lambda: _solve(grams, mine, quotas, set(few)))
         deaths = {}
         for name, weight in weights.items():
             if name in solved:
@@ -253,21 +276,31 @@ def sparsegpt_block(quotas: dict[str, Quota], ranks: Ranks) -> PruneBlock:
             spread_(dead, ranks)
             weight.copy_(new)
             deaths[name] = dead
-        return deaths
+        return Pruned(deaths, few)
 
     return prune
 
 
+def _too_few(block: Block, name: str, tokens: int) -> bool:
+    """Whether too few tokens reached the expert whose weight this is."""
+    return block.matrices[name.removesuffix(".weight")].is_expert and tokens < FEW_TOKENS
+
+
 def _solve(
-    grams: list[tuple[list[str], torch.Tensor]],
+    grams: list[tuple[list[str], torch.Tensor, int]],
     weights: dict[str, torch.Tensor],
     quotas: dict[str, Quota],
+    by_magnitude: set[str],
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(new weight in the weight's dtype, bool what died) of each of `weights`. Uses up the `grams`."""
     solved = {}
+    for name in by_magnitude & weights.keys():
+        dead = magnitude_dead(weights[name], quotas[name], name)
+        solved[name] = (zero_(weights[name].clone(), dead), dead)
     while grams:
-        layers, gram = grams.pop()
-        names = [f"{layer}.weight" for layer in layers if f"{layer}.weight" in weights]
+        layers, gram, _ = grams.pop()
+        names = [name for layer in layers if (name := f"{layer}.weight") in weights]
+        names = [name for name in names if name not in by_magnitude]
         if not names:
             continue
         factor = inverse_factor(gram, names[0])
@@ -290,8 +323,8 @@ def deal(costs: dict[str, int], size: int) -> dict[str, int]:
 
 
 def weights_of(block: Block) -> dict[str, torch.Tensor]:
-    """The weights (out, in) of an open block's linear layers, by their full names."""
-    return {f"{name}.weight": linear.weight.data for name, linear in block.linears.items()}
+    """The matrices (out, in) of an open block, views of its parameters, by their full names."""
+    return {f"{name}.weight": matrix.value() for name, matrix in block.matrices.items()}
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     settings.json            what decides about the result: method, budget, digests of model and text ...
     quotas.json              dead counts per weight, where they took a pass over the model (owl, global)
-    block-00012.safetensors  a finished block's pruned weights, and of each NAME the packed mask NAME.live
+    block-00012.safetensors  a finished block's pruned weights, of each NAME the packed mask NAME.live, and
+                             in by_magnitude how many of them saw too little text
     assembling               the model is being put together: OUT may hold part of it
 
 A block's file is written aside, synced and renamed, so that one that is there is whole. No activations are
@@ -31,6 +32,7 @@ FOLDER_NAME = ".pruning"
 _SETTINGS, _QUOTAS, _ASSEMBLING = "settings.json", "quotas.json", "assembling"
 _BLOCK = re.compile(r"block-(\d{5,})\.safetensors")
 _LIVE = ".live"
+_BY_MAGNITUDE = "by_magnitude"
 
 
 class Work:
@@ -74,10 +76,15 @@ class Work:
         return {int(match[1]) for match in found if match}
 
     def keep(
-        self, index: int, weights: dict[str, torch.Tensor], dead: dict[str, torch.Tensor]
+        self,
+        index: int,
+        weights: dict[str, torch.Tensor],
+        dead: dict[str, torch.Tensor],
+        by_magnitude: int = 0,
     ) -> None:
-        """Write a finished block: its weights (out, in), and which of their entries died, bool alike."""
-        tensors = dict(weights)
+        """Write a finished block: its weights (out, in), which of their entries died, bool alike, and how
+        many of them are of experts that too few tokens reached."""
+        tensors = {**weights, _BY_MAGNITUDE: torch.tensor([by_magnitude])}
         for name, died in dead.items():
             tensors[name + _LIVE] = mask.pack(~died.reshape(-1))
         path = self._block(index)
@@ -89,7 +96,12 @@ class Work:
     def names(self, index: int) -> set[str]:
         """The weights in a finished block."""
         with open_tensors(self._block(index)) as file:
-            return {name for name in file.keys() if not name.endswith(_LIVE)}  # noqa: SIM118
+            names = set(file.keys()) - {_BY_MAGNITUDE}
+        return {name for name in names if not name.endswith(_LIVE)}
+
+    def by_magnitude(self) -> int:
+        """How many weights of all finished blocks are of experts that too few tokens reached."""
+        return sum(int(self.read(index, _BY_MAGNITUDE)) for index in self.finished())
 
     def read(self, index: int, name: str) -> torch.Tensor:
         """A finished block's weight (out, in)."""

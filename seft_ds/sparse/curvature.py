@@ -10,27 +10,43 @@ and so can't compare rows or layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
 class Curvature:
     """Σ dy² of each output and Σ x² of each input of one layer, over the tokens of a few steps.
 
+    Of a fused weight (`seft_ds.sparse.experts`) the outputs are those of all experts, one after the other,
+    and every expert has inputs of its own: those of the tokens that reach it.
+
     `add` sums over this rank's micro-batches; `step_sums` is what the ranks then add up, in place, before
     `finish_step`. So `output` and `input` are the same on every rank.
     """
 
-    def __init__(self, out_features: int, in_features: int, device: torch.device):
-        self.step_sums = torch.zeros(out_features + in_features, device=device)
+    def __init__(self, out_features: int, in_features: int, device: torch.device, experts: int = 0):
+        n_inputs = in_features * max(1, experts)
+        self.step_sums = torch.zeros(out_features + n_inputs, device=device)
         self.output = torch.zeros(out_features, device=device)  # fp32 (out,)
-        self.input = torch.zeros(in_features, device=device)  # fp32 (in,)
+        self.input = torch.zeros(n_inputs, device=device)  # fp32 (in,), or (experts · in,)
         self.steps = 0
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """One micro-batch. dy: (tokens, out); x: (tokens, in)."""
+    def add(self, dy: torch.Tensor, x: torch.Tensor, ends: Sequence[int] | None = None) -> None:
+        """One micro-batch. dy: (tokens, out); x: (tokens, in); ends: where each expert's tokens end."""
         split = self.output.numel()
-        self.step_sums[:split] += _sum_of_squares(dy)
-        self.step_sums[split:] += _sum_of_squares(x)
+        if ends is None:
+            self.step_sums[:split] += _sum_of_squares(dy)
+            self.step_sums[split:] += _sum_of_squares(x)
+            return
+        output = self.step_sums[:split].view(len(ends), -1)
+        input = self.step_sums[split:].view(len(ends), -1)
+        begin = 0
+        for expert, end in enumerate(ends):
+            if end > begin:
+                output[expert] += _sum_of_squares(dy[begin:end])
+                input[expert] += _sum_of_squares(x[begin:end])
+            begin = end
 
     def finish_step(self) -> None:
         """Close one optimizer step, whose sums hold those of all ranks by now."""
@@ -53,7 +69,7 @@ def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 def worth(weight: torch.Tensor, lo: int, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     """w² · output[row] · input[column] at the flat positions [lo, lo + n): fp32 (n,), at least 0.
 
-    weight: (n,), values at these positions; output: fp32 (out,); input: fp32 (in,).
+    weight: (n,), values at these positions, of one expert if any; output: fp32 (out,); input: fp32 (in,).
     """
     columns, hi = input.numel(), lo + weight.numel()
     first, last = lo // columns, -(-hi // columns)

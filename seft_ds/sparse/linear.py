@@ -21,11 +21,19 @@ DELTA = "seft_delta"
 POSITION = "seft_position"
 
 
+def is_slot_parameter(name: str) -> bool:
+    """Whether a parameter holds deltas or positions, and is no weight of the model."""
+    return name.endswith((DELTA, POSITION))
+
+
 class GradientSink(Protocol):
     """Takes what a weight's dense gradient is made of, while the weight is in a window."""
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """dy: (tokens, out); x: (tokens, in); their product dyᵀx is this micro-batch's gradient."""
+    def add(self, dy: torch.Tensor, x: torch.Tensor, ends: Sequence[int] | None = None) -> None:
+        """dy: (tokens, out); x: (tokens, in); their product dyᵀx is this micro-batch's gradient.
+
+        ends: of a fused weight, where each expert's tokens end (`slot_grad.dense_parts`).
+        """
         ...
 
 

@@ -26,6 +26,15 @@ def unpack(bits: torch.Tensor, n: int) -> torch.Tensor:
     return (bits.unsqueeze(1) & _BIT.to(bits.device)).ne(0).view(-1)[:n]
 
 
+def cut(bits: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+    """The packed bits of the positions [lo, hi) of packed bits: a copy."""
+    first = lo // 8
+    inside = bits[first : -(-hi // 8)]
+    if lo % 8 == 0 and (hi % 8 == 0 or hi - first * 8 == 8 * inside.numel()):
+        return inside.clone()
+    return pack(unpack(inside, hi - first * 8)[lo - first * 8 :])
+
+
 def count(bits: torch.Tensor) -> int:
     """How many bits are set, exactly (int64 sums). One host-device sync."""
     ones = _ONES_IN_BYTE.to(bits.device)

@@ -15,6 +15,7 @@ matrix units a dense bf16 GEMM beats fp32 sampling at model shapes; in fp32 samp
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
@@ -101,12 +102,28 @@ def rows_a_piece(parts: int, columns: int) -> int:
     return max(4, _BLOCK_ENTRIES // (parts * columns))
 
 
-def dense_parts(dy: torch.Tensor, x: torch.Tensor, parts: list[tuple[int, int]]) -> torch.Tensor:
+def dense_parts(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    parts: list[tuple[int, int]],
+    ends: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The dense gradient at several ranges [lo, hi) of flat positions, as fp32 (parts, longest), 0 beyond.
 
     One GEMM over the rows of all ranges, which should be of about the same length.
+
+    ends: of a fused weight (seft_ds.sparse.experts), where each expert's tokens end; dy is then
+        (tokens, rows of one expert), and expert e's rows are e · rows and those after it. One GEMM a range
+        and expert.
     """
     columns = x.shape[1]
+    if ends is not None:
+        result = torch.zeros(len(parts), max(hi - lo for lo, hi in parts), device=dy.device)
+        for into, (lo, hi) in zip(result, parts, strict=True):
+            first = lo // columns
+            block = _expert_rows(dy, x, first, -(-hi // columns), ends).view(-1)
+            into[: hi - lo] = block[lo - first * columns : hi - first * columns]
+        return result
     first = [lo // columns for lo, _ in parts]
     count = max(
         -(-hi // columns) - row for row, (lo, hi) in zip(first, parts, strict=True) if hi > lo
@@ -119,3 +136,21 @@ def dense_parts(dy: torch.Tensor, x: torch.Tensor, parts: list[tuple[int, int]])
     for block, into, row, (lo, hi) in zip(blocks, result, first, parts, strict=True):
         into[: hi - lo] = block[lo - row * columns : hi - row * columns]
     return result
+
+
+def _expert_rows(
+    dy: torch.Tensor, x: torch.Tensor, first: int, stop: int, ends: Sequence[int]
+) -> torch.Tensor:
+    """Rows [first, stop) of a fused weight's dense gradient, (stop - first, in); 0 for an expert without
+    tokens. See `dense_parts`."""
+    height = dy.shape[1]
+    block = torch.zeros(max(stop - first, 0), x.shape[1], dtype=dy.dtype, device=dy.device)
+    for expert in range(first // height, -(-stop // height)):
+        begin, end = (ends[expert - 1] if expert else 0), ends[expert]
+        if begin == end:
+            continue
+        top = expert * height
+        lo, hi = max(first, top), min(stop, top + height)
+        part = dy[begin:end, lo - top : hi - top].t()
+        torch.mm(part, x[begin:end], out=block[lo - first : hi - first])
+    return block

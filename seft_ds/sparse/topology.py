@@ -34,6 +34,8 @@ class Shard:
     n_slots: int
     seed: int
     pattern: tuple[int, int] | None = None
+    # One matrix of one expert: if no token reached it in the window, it is left as it is.
+    may_idle: bool = False
 
     def index(self, position: torch.Tensor) -> torch.Tensor:
         return position - self.lo

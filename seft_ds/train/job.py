@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from seft_ds.checkpoint.export import versions
+from seft_ds.checkpoint.parts import naming_of_folder
 from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
 from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
@@ -153,13 +154,16 @@ def check_loaded(targets: list[Target], folder: Path) -> None:
     if not path.is_file():
         return
     recorded = json.loads(path.read_text())["targets"]
+    naming = naming_of_folder(folder, targets)
     for target in targets:
-        entry = recorded.get(f"{target.name}.weight")
-        if entry is not None and entry["live"] != target.target_live:
-            raise ValueError(
-                f"{target.name}: {target.target_live} nonzero weights were loaded, but {path} says "
-                f"{entry['live']}; check the files with launch/verify.py {folder}"
-            )
+        names = naming.part_names(target.name, target.experts) if target.experts else []
+        for name, live in zip(names or [target.weight_name], target.live_by_part, strict=True):
+            entry = recorded.get(naming.in_files(name))
+            if entry is not None and entry["live"] != live:
+                raise ValueError(
+                    f"{name}: {live} nonzero weights were loaded, but {path} says {entry['live']}; check "
+                    f"the files with launch/verify.py {folder}"
+                )
 
 
 def read_data(job: Job) -> Data:

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from seft_ds.config import SeftConfig, parse_seft
 from seft_ds.memory import HELD, Plan, Setup, plan
-from seft_ds.sparse.linear import DELTA, POSITION
+from seft_ds.naming import FUSED, is_router
+from seft_ds.sparse.experts import is_fused_experts
+from seft_ds.sparse.linear import is_slot_parameter
 from seft_ds.targets import Target, assign_slots, matches, total_slots
 from seft_ds.zero import shards
 
@@ -31,6 +33,7 @@ class Shapes:
     intermediate: int
     key_values: int  # width of all key heads together
     vocabulary: int
+    experts_per_token: int = 0
 
     @property
     def numel(self) -> int:
@@ -67,7 +70,7 @@ def model_of_config(path: str | Path) -> Any:
 def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
     """Shapes of a model on whatever device.
 
-    Every linear layer but the output head counts as pruned to `sparsity`.
+    Every linear layer but routers and the output head counts as pruned to `sparsity`, and every expert.
 
     Raises:
         ValueError: no linear layer matches the targets, or a weight gets more slots than live entries.
@@ -75,15 +78,35 @@ def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
     head = model.get_output_embeddings()
     targets, ours = [], set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and matches(name, config.targets):
+        found: list[tuple[Target, nn.Parameter]] = []
+        if isinstance(module, nn.Linear) and module is not head and not is_router(name):
             shape = (module.out_features, module.in_features)
-            live = round((1 - sparsity) * module.weight.numel())
-            targets.append(Target(name, shape, live))
-            ours.add(id(module.weight))
+            found = [(Target(name, shape, 0), module.weight)]
+        elif is_fused_experts(module):
+            found = [_fused(f"{name}.{p}", module._parameters[p], k) for p, k in FUSED.items()]
+        for target, weight in found:
+            if matches(target.name, config.targets):
+                _assume_live(target, sparsity)
+                targets.append(target)
+                ours.add(id(weight))
     if not targets:
         raise ValueError(f'no linear layer of this model matches "targets": {config.targets!r}')
     assign_slots(targets, total_slots(targets, config.density, config.trainable))
     return shapes_with(model, targets, [p.numel() for p in model.parameters() if id(p) not in ours])
+
+
+def _fused(name: str, weight: Any, matrices: int) -> tuple[Target, nn.Parameter]:
+    """A fused weight (experts, out, in) as a target whose parts are each expert's `matrices`."""
+    experts, rows, columns = weight.shape
+    target = Target(name, (experts * rows, columns), 0, experts=experts)
+    target.part_live = [0] * (experts * matrices)
+    return target, weight
+
+
+def _assume_live(target: Target, sparsity: float) -> None:
+    live = round((1 - sparsity) * target.part_numel)
+    target.part_live = [live] * len(target.part_live)
+    target.target_live = live * target.n_parts
 
 
 def shapes_with(model: Any, targets: list[Target], others: list[int]) -> Shapes:
@@ -91,14 +114,24 @@ def shapes_with(model: Any, targets: list[Target], others: list[int]) -> Shapes:
     c = model.config.get_text_config()
     heads = int(getattr(c, "num_attention_heads", 1))
     head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // heads)
+    routed = int(c.num_experts_per_tok) if any(t.experts for t in targets) else 0
+    # What a token goes through: its experts' widths together, or a dense layer's.
+    dense = int(getattr(c, "intermediate_size", 4 * c.hidden_size))
+    each = int(getattr(c, "moe_intermediate_size", None) or dense)
+    shared = int(getattr(c, "n_shared_experts", None) or 0)
+    latent = int(getattr(c, "qk_nope_head_dim", 0) or 0) + int(
+        getattr(c, "qk_rope_head_dim", 0) or 0
+    )
     return Shapes(
         targets,
         others,
         layers=int(c.num_hidden_layers),
         hidden=int(c.hidden_size),
-        intermediate=int(getattr(c, "intermediate_size", 4 * c.hidden_size)),
-        key_values=head_dim * int(getattr(c, "num_key_value_heads", None) or heads),
+        intermediate=max(dense, (routed + shared) * each if routed else 0),
+        # Latent attention makes keys of every head.
+        key_values=(latent or head_dim) * int(getattr(c, "num_key_value_heads", None) or heads),
         vocabulary=int(c.vocab_size),
+        experts_per_token=routed,
     )
 
 
@@ -109,8 +142,12 @@ def plan_of_run(
 
     model: with slots attached, partitioned or not. run: transformers' arguments.
     """
-    ours = {f"{t.name}.{part}" for t in targets for part in ("weight", DELTA, POSITION)}
-    others = [math.prod(shards.shape_of(p)) for n, p in model.named_parameters() if n not in ours]
+    ours = {t.weight_name for t in targets}
+    others = [
+        math.prod(shards.shape_of(p))
+        for n, p in model.named_parameters()
+        if n not in ours and not is_slot_parameter(n)
+    ]
     shapes = shapes_with(model, targets, others)
     setup = Setup.from_config(
         deepspeed, run.world_size, dtype.itemsize, str(run.optim), shapes.hidden
@@ -125,10 +162,12 @@ def activation_bytes(shapes: Shapes, work: Work, dtype_bytes: int) -> int:
 
     A block keeps its input, both norms' inputs and outputs, queries, keys and values before and after
     rotation, the attention's output, and gate, up, their product and the activation. With checkpointing
-    only its input is kept, and one block at a time the rest. Logits: bf16, fp32, and their gradient.
+    only its input is kept, and one block at a time the rest. Experts have copies of their tokens, going in,
+    coming out and weighed. Logits: bf16, fp32, and their gradient.
     """
     tokens = work.micro_batch * work.length_tokens
     block = 8 * shapes.hidden + 4 * shapes.key_values + 4 * shapes.intermediate
+    block += 3 * shapes.experts_per_token * shapes.hidden
     if work.checkpointing:
         kept = shapes.layers * shapes.hidden + block
     else:

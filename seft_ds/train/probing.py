@@ -65,7 +65,14 @@ def probe(
     """Measure; takes some seconds, and the memory of two blocks, embedding and head.
 
     config: of transformers. targets: of the whole model, with their slots.
+
+    Raises:
+        ValueError: a mixture of experts, whose blocks are not alike.
     """
+    if any(t.experts for t in targets):
+        raise ValueError(
+            "--probe takes all blocks for alike, and those of a mixture of experts are not: leave it out"
+        )
     costs = known_costs(problems_of(targets, dtype), device)
     slots = {t.name: t.n_slots for t in targets}
     one, two = (_seconds(config, n, slots, costs, work, dtype, device) for n in (1, 2))

@@ -79,7 +79,7 @@ def _event(target: Target, config: SeftConfig) -> float:
     """Bytes of the whole that the collectives of one weight's event hand about, before the ring's share."""
     # Drop, grow and adapt; with `revert` also who dies. An all-reduce sends its payload twice.
     selections = 3 + (config.release == "revert")
-    counts = selections * sum(8 << bits for _, bits in radix.DIGITS)
+    counts = selections * target.n_parts * sum(8 << bits for _, bits in radix.DIGITS)
     # On average over a cosine from drop_fraction to 0, half of it; 4 int64, 3 fp32 and 3 flags a slot.
     lists = config.drop_fraction / 2 * target.n_slots * (4 * 8 + 3 * 4 + 3)
     return 2 * counts + lists

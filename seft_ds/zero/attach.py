@@ -5,8 +5,10 @@ Works on whole weights and on weights that `deepspeed.zero.Init` has already par
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +16,17 @@ from torch import nn
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.selection import gather_lists, select
+from seft_ds.naming import (
+    FUSED,
+    WITH_EXPERTS,
+    Naming,
+    is_router,
+    naming_of_model,
+    separate_experts,
+)
 from seft_ds.sparse import mask, pattern
-from seft_ds.sparse.linear import SeftLinear, add_slots
+from seft_ds.sparse.experts import SeftExperts, add_expert_slots, is_fused_experts, unsupported
+from seft_ds.sparse.linear import DELTA, POSITION, SeftLinear, add_slots
 from seft_ds.sparse.scores import hash_keys
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import masked_keys
@@ -26,103 +37,208 @@ _KEYS_AT_ONCE = 1 << 24  # bounds the memory of choosing the first slots: 64 MiB
 
 
 @dataclass
-class AttachedTarget:
-    """A target weight with its layer and the live mask of the positions that this rank owns."""
+class Found:
+    """A pruned weight: which parameter of which module."""
 
     target: Target
-    module: SeftLinear
-    live_bits: torch.Tensor  # packed, uint8
+    module: nn.Module
+    parameter: str = "weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight
+
+
+@dataclass
+class AttachedTarget(Found):
+    """A target weight with its slots, and the live mask of the positions that this rank owns."""
+
+    live_bits: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # packed, uint8
+
+    @property
+    def delta(self) -> nn.Parameter:
+        return self._slot_parameter(DELTA)
+
+    @property
+    def position(self) -> nn.Parameter:
+        return self._slot_parameter(POSITION)
+
+    def connect(self, runtime: Any) -> None:
+        """Have the module's forward pass use `runtime` for this weight."""
+        if isinstance(self.module, SeftExperts):
+            self.module.seft_runtimes[self.parameter] = runtime
+        else:
+            assert isinstance(self.module, SeftLinear)
+            self.module.seft_runtime = runtime
+
+    def _slot_parameter(self, kind: str) -> nn.Parameter:
+        name = kind if self.parameter == "weight" else f"{self.parameter}_{kind}"
+        found = self.module._parameters[name]
+        assert found is not None
+        return found
 
 
 def attach_slots(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[AttachedTarget]:
-    """Turn the pruned linear layers of `model` into `SeftLinear`, and freeze all else. A collective.
+    """Give the pruned linear layers and fused experts slots, and freeze the rest. A collective.
 
     Raises:
         ValueError: nothing is pruned, a named target doesn't exist, or the slots don't fit.
     """
     found = find_targets(model, config, ranks)
-    targets = [t for t, _ in found]
+    targets = [f.target for f in found]
     total = total_slots(targets, config.density, config.trainable)
     assign_slots(targets, total)
-    bits = [_live_bits(t, m.weight, ranks) for t, m in found]
+    bits = [_live_bits(f.target, f.weight, ranks) for f in found]
     positions = _random_live(targets, bits, config.seed, ranks)
     for param in model.parameters():
         param.requires_grad_(False)
     attached = []
-    for (target, module), live, position in zip(found, bits, positions, strict=True):
-        add_slots(module, position.to(torch.int32 if target.numel < 2**31 else torch.int64))
-        assert isinstance(module, SeftLinear)
-        attached.append(AttachedTarget(target, module, live))
+    for f, live, position in zip(found, bits, positions, strict=True):
+        position = position.to(torch.int32 if f.target.numel < 2**31 else torch.int64)
+        if f.target.experts:
+            add_expert_slots(f.module, f.parameter, position, _slot_ends(f.target))
+        else:
+            assert isinstance(f.module, nn.Linear)
+            add_slots(f.module, position)
+        attached.append(AttachedTarget(f.target, f.module, f.parameter, live))
     return attached
 
 
-def find_targets(
-    model: nn.Module, config: SeftConfig, ranks: Ranks
-) -> list[tuple[Target, nn.Linear]]:
-    """The pruned linear layers that `config` means, with their live counts and patterns. A collective.
+def _slot_ends(target: Target) -> list[int]:
+    """Where each expert's slots end in the delta vector."""
+    ends = list(itertools.accumulate(target.part_slots))
+    matrices = target.n_parts // target.experts
+    return ends[matrices - 1 :: matrices]
+
+
+def find_targets(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Found]:
+    """The pruned weights that `config` means, with their live counts and patterns. A collective.
 
     Raises:
-        ValueError: nothing is pruned, or a named target doesn't exist or lacks the named pattern.
+        ValueError: nothing is pruned, or a named target doesn't exist or lacks the named pattern; experts
+            that are not of a family and a form that is known.
     """
-    layers = _linear_layers(model, config)
-    live_counts = _count_live(layers, ranks)
+    candidates = _candidates(model, config)
+    live_counts = _count_live(candidates, ranks)
     found = []
-    for (name, module), live in zip(layers, live_counts, strict=True):
-        shape = shards.shape_of(module.weight)
-        target = Target(name, (shape[0], shape[1]), live)
+    for f, by_part in zip(candidates, live_counts, strict=True):
+        target = f.target
+        target.target_live = sum(by_part)
+        target.part_live = by_part if target.experts else []
         # A layer that was pruned away whole has nothing that a slot could sit on.
-        if live and 1 - live / target.numel >= config.min_sparsity:
-            found.append((target, module))
+        if target.target_live and 1 - target.target_live / target.numel >= config.min_sparsity:
+            found.append(f)
     if not found:
-        raise ValueError(_nothing_pruned(layers, live_counts, config))
-    for target, module in found:
-        target.pattern = _find_pattern(target, module.weight, config, ranks)
+        raise ValueError(_nothing_pruned(candidates, config))
+    for f in found:
+        f.target.pattern = _find_pattern(f.target, f.weight, config, ranks)
     return found
 
 
-def _linear_layers(model: nn.Module, config: SeftConfig) -> list[tuple[str, nn.Linear]]:
-    """The layers that may be targets: never the output head unless it is named."""
+def _candidates(model: nn.Module, config: SeftConfig) -> list[Found]:
+    """The weights that may be targets, in the model's order: never routers, and never the output head
+    unless it is named. Of fused experts the number of parts is set, and their live counts are not yet."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    naming = naming_of_model(model)
+    layers: dict[str, Found] = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not is_router(name):
+            rows, columns = shards.shape_of(module.weight)
+            layers[name] = Found(Target(name, (rows, columns), 0), module)
+        elif is_fused_experts(module):
+            layers |= {f.target.name: f for f in _fused(name, module)}
     owners: dict[int, int] = {}  # how many modules hold each weight object
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners[id(weight)] = owners.get(id(weight), 0) + 1
     if config.targets == "auto":
-        return [(n, m) for n, m in layers if m is not head and owners[id(m.weight)] == 1]
-    for wanted in config.targets:
-        if not any(matches(n, [wanted]) for n, _ in layers):
-            kinds = sorted({n.rsplit(".", 1)[-1] for n, _ in layers})
-            raise ValueError(
-                f"target {wanted!r} matches no linear layer of this model; layers end in: {', '.join(kinds)}"
-            )
-    chosen = [(n, m) for n, m in layers if matches(n, list(config.targets))]
-    for name, module in chosen:
-        if owners[id(module.weight)] > 1:
-            raise ValueError(f"target {name} shares its weight with another layer; leave it out")
+        chosen = [
+            f for f in layers.values() if f.module is not head and owners.get(id(f.weight), 1) == 1
+        ]
+    else:
+        chosen = _named(layers, list(config.targets))
+        for f in chosen:
+            if owners.get(id(f.weight), 1) > 1:
+                raise ValueError(
+                    f"target {f.target.name} shares its weight with another layer; leave it out"
+                )
+    _refuse_experts(chosen, naming)
     return chosen
 
 
-def _count_live(layers: list[tuple[str, nn.Linear]], ranks: Ranks) -> list[int]:
-    """Nonzero entries of each weight over all ranks; -0.0 becomes +0.0 on the way. One sum."""
-    counts = []
-    for _, module in layers:
-        lo, values = shards.owned(module.weight, 1, ranks)
-        _, everything = shards.held(module.weight, ranks)
-        everything[everything == 0] = 0.0
-        counts.append(int(values.count_nonzero()))
-    if not counts:
+def _named(layers: dict[str, Found], wanted: list[str]) -> list[Found]:
+    for one in wanted:
+        if not any(matches(n, [one]) for n in layers):
+            kinds = sorted({n.rsplit(".", 1)[-1] for n in layers})
+            raise ValueError(
+                f"target {one!r} matches no linear layer of this model (routers are none); layers end in: "
+                f"{', '.join(kinds)}"
+            )
+    return [f for n, f in layers.items() if matches(n, wanted)]
+
+
+def _fused(name: str, module: nn.Module) -> list[Found]:
+    """The fused weights of a module of experts."""
+    found = []
+    for parameter, matrices in FUSED.items():
+        weight = module._parameters[parameter]
+        assert weight is not None
+        experts, rows, columns = shards.shape_of(weight)
+        target = Target(f"{name}.{parameter}", (experts * rows, columns), 0, experts=experts)
+        target.part_live = [0] * (experts * matrices)
+        found.append(Found(target, module, parameter))
+    return found
+
+
+def _refuse_experts(chosen: list[Found], naming: Naming) -> None:
+    """ValueError for experts in a form that was not tried."""
+    separate = separate_experts([f.target.name for f in chosen])
+    if separate is not None:
+        raise ValueError(
+            f"{separate} is one of experts that are modules of their own, which run or don't depending on "
+            "the tokens, so that ranks would wait for each other; load the model with transformers 5's own "
+            'class, which fuses them, or name the other layers in "targets"'
+        )
+    fused = [f for f in chosen if f.target.experts]
+    if fused and not naming.matrices:
+        raise ValueError(
+            f"{fused[0].target.name}: experts of a family whose files were not tried; wanted model_type "
+            f'{", ".join(WITH_EXPERTS)}; name the other layers in "targets"'
+        )
+    for f in fused:
+        problem = unsupported(f.module)
+        if problem is not None:
+            raise ValueError(f'{f.target.name}: {problem}; name the other layers in "targets"')
+
+
+def _count_live(candidates: list[Found], ranks: Ranks) -> list[list[int]]:
+    """Nonzero entries of each weight, by part, over all ranks; -0.0 becomes +0.0 on the way. One sum."""
+    if not candidates:
         return []
-    device = layers[0][1].weight.device
-    return ranks.sum_(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+    counts = []
+    for f in candidates:
+        lo, values = shards.owned(f.weight, 1, ranks)
+        _, everything = shards.held(f.weight, ranks)
+        everything[everything == 0] = 0.0
+        counts += [
+            values[begin - lo : end - lo].count_nonzero()
+            for begin, end in f.target.part_ranges(lo, lo + values.numel())
+        ]
+    totals = ranks.sum_(torch.stack(counts)).tolist()
+    sizes = [f.target.n_parts for f in candidates]
+    ends = list(itertools.accumulate(sizes))
+    return [totals[end - n : end] for n, end in zip(sizes, ends, strict=True)]
 
 
-def _nothing_pruned(layers: list, live_counts: list[int], config: SeftConfig) -> str:
-    total = sum(shards.shape_of(m.weight)[0] * shards.shape_of(m.weight)[1] for _, m in layers)
-    share = 1 - sum(live_counts) / total if total else 0.0
+def _nothing_pruned(candidates: list[Found], config: SeftConfig) -> str:
+    total = sum(f.target.numel for f in candidates)
+    live = sum(f.target.target_live for f in candidates)
+    share = 1 - live / total if total else 0.0
     return (
-        f"nothing to repair: of {len(layers)} linear layers none has {config.min_sparsity:.0%} zeros or "
+        f"nothing to repair: of {len(candidates)} linear layers none has {config.min_sparsity:.0%} zeros or "
         f"more ({share:.2%} zeros over all). Prune the model first, for example:\n"
         "  deepspeed launch/prune.py --model_name_or_path DIR --output_dir PRUNED --method wanda "
         "--sparsity 0.6 --calibration_file TEXT"
@@ -148,6 +264,8 @@ def _find_pattern(
             fits = int(ranks.sum_(broken.to(values.device))) == 0
         if fits:
             target.target_live = target.numel // m * n
+            if target.experts:
+                target.part_live = [target.part_numel // m * n] * target.n_parts
             return n, m
         if config.pattern != "auto":
             raise ValueError(
@@ -167,20 +285,28 @@ def _live_bits(target: Target, weight: nn.Parameter, ranks: Ranks) -> torch.Tens
 def _random_live(
     targets: list[Target], bits: list[torch.Tensor], seed: int, ranks: Ranks
 ) -> list[torch.Tensor]:
-    """K random live positions of each weight, ascending, the same on every rank and rank count."""
+    """K random live positions of each weight, part by part and ascending, the same on every rank and rank
+    count."""
     positions: list[torch.Tensor] = []
     for first, stop in _runs(targets, ranks.size):
-        keys, begins = [], []
+        keys, begins, counts = [], [], []
         for i in range(first, stop):
             target = targets[i]
             lo, hi = shard_range(target.numel, ranks.rank, ranks.size, target.multiple)
             position = torch.arange(lo, hi, device=bits[i].device)
             live = mask.unpack(bits[i], hi - lo)
-            keys.append(masked_keys(hash_keys(position, seed * len(targets) + i), live))
-            begins.append(lo)
-        counts = [t.n_slots for t in targets[first:stop]]
-        chosen = select(keys, list(range(stop - first)), counts, ranks)
-        positions += gather_lists([b + c for b, c in zip(begins, chosen, strict=True)], ranks)
+            key = masked_keys(hash_keys(position, seed * len(targets) + i), live)
+            for begin, end in target.part_ranges(lo, hi):
+                keys.append(key[begin - lo : end - lo])
+                begins.append(begin)
+            counts += target.slots_by_part
+        chosen = select(keys, list(range(len(keys))), counts, ranks)
+        lists = gather_lists([b + c for b, c in zip(begins, chosen, strict=True)], ranks)
+        ends = itertools.accumulate(t.n_parts for t in targets[first:stop])
+        positions += [
+            torch.cat(lists[end - t.n_parts : end])
+            for t, end in zip(targets[first:stop], ends, strict=True)
+        ]
     return positions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
+from seft_ds.naming import PLAIN, Naming
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
@@ -19,7 +21,7 @@ from seft_ds.zero.attach import AttachedTarget
 class DenseModel:
     """Values of the targets as they were before they were pruned. Nothing is kept in memory."""
 
-    def __init__(self, folder: str | Path, targets: list[Target]):
+    def __init__(self, folder: str | Path, targets: list[Target], naming: Naming = PLAIN):
         """
         Raises:
             ValueError: no model in safetensors there, or one that lacks a target or has it in another shape.
@@ -30,10 +32,13 @@ class DenseModel:
                 f"dense_model {str(folder)!r} is no folder; give the folder of the model that was pruned"
             )
         stored = stored_tensors(self.folder)
-        self._stored = {t.name: self._find(t, stored) for t in targets}
+        self._parts: dict[str, list[Stored]] = {}  # of each target, in the order of their positions
+        for t in targets:
+            names = naming.part_names(t.name, t.experts) if t.experts else []
+            names = names or [naming.in_files(t.weight_name)]
+            self._parts[t.name] = [self._find(name, t.part_shape, stored) for name in names]
 
-    def _find(self, target: Target, stored: dict[str, Stored]) -> Stored:
-        name = f"{target.name}.weight"
+    def _find(self, name: str, shape: tuple[int, int], stored: dict[str, Stored]) -> Stored:
         # A model that was saved without its head leaves out the first part of each name.
         found = stored.get(name) or stored.get(name.partition(".")[2])
         if found is None:
@@ -41,16 +46,20 @@ class DenseModel:
                 f"dense_model {self.folder} has no {name}; give the model that was pruned, as transformers "
                 "saves it"
             )
-        if found.shape != target.shape:
+        if found.shape != shape:
             raise ValueError(
-                f"dense_model {self.folder}: {name} is {found.shape} there and {target.shape} in the pruned "
+                f"dense_model {self.folder}: {name} is {found.shape} there and {shape} in the pruned "
                 "model; give the model that was pruned"
             )
         return found
 
     def read(self, name: str, lo: int, hi: int) -> torch.Tensor:
         """The values of one target at its flat positions [lo, hi), on the CPU, in the dtype of the files."""
-        return self._stored[name].read_flat(lo, hi)
+        parts = self._parts[name]
+        n, found = math.prod(parts[0].shape), []
+        for p in range(lo // n, -(-hi // n)):
+            found.append(parts[p].read_flat(max(lo - p * n, 0), min(hi - p * n, n)))
+        return torch.cat(found) if found else torch.empty(0, dtype=parts[0].dtype)
 
     def check_not_pruned(self, name: str, lo: int, live: torch.Tensor) -> None:
         """ValueError if most of what was pruned is zero here as well. live: bool (n,) from position lo on."""
@@ -64,7 +73,7 @@ class DenseModel:
 
 
 def open_dense_model(
-    config: SeftConfig, attached: list[AttachedTarget], ranks: Ranks
+    config: SeftConfig, attached: list[AttachedTarget], ranks: Ranks, naming: Naming = PLAIN
 ) -> DenseModel | None:
     """What `dense_model` names; None: nothing. A collective.
 
@@ -82,7 +91,7 @@ def open_dense_model(
         )
 
     def open_and_look() -> DenseModel:
-        dense = DenseModel(folder, [a.target for a in free])
+        dense = DenseModel(folder, [a.target for a in free], naming)
         target = free[0].target
         lo, hi = shard_range(target.numel, ranks.rank, ranks.size)
         dense.check_not_pruned(target.name, lo, mask.unpack(free[0].live_bits, hi - lo))

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -21,11 +22,12 @@ import torch
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.distributed.event import Change, EventSettings, plan
+from seft_ds.distributed.event import Change, EventSettings, join, plan
 from seft_ds.errors import RunError
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
 from seft_ds.sparse.kernel_costs import KernelCosts, known_costs
+from seft_ds.sparse.shard import shard_range
 from seft_ds.zero import optimizer_state, shards
 from seft_ds.zero.attach import AttachedTarget
 from seft_ds.zero.dense_model import DenseModel
@@ -52,7 +54,7 @@ class SparseEvolution:
         self.engine = engine
         self.config = config
         self.ranks = ranks
-        frozen = [p for a in attached for p in (a.module.weight, a.module.seft_position)]
+        frozen = [p for a in attached for p in (a.weight, a.position)]
         shards.never_persist(engine, frozen)
         self.states = [WeightState(a, engine, ranks) for a in attached]
         self._slot_ranges = self._learn_slot_ranges()
@@ -79,8 +81,6 @@ class SparseEvolution:
         self.n_exchanges = 0
         self.event_seconds = 0.0
         self.event_bytes = 0
-        for state in self.states:
-            state.module.seft_runtime = state
         if config.total_steps != "auto":
             self.begin(int(config.total_steps))
 
@@ -288,12 +288,15 @@ class SparseEvolution:
         started, bytes_before = time.perf_counter(), self.ranks.bytes
         changes: dict[int, Change] = {}
         for rate, group in self._by_rate(ready).items():
-            views = [self.states[i].shard(deltas[i], self._event_seed(i)) for i in group]
-            changes.update(zip(group, plan(views, rate, self.settings, self.ranks), strict=True))
+            views = [self.states[i].views(deltas[i], self._event_seed(i)) for i in group]
+            planned = iter(plan([v for vs in views for v in vs], rate, self.settings, self.ranks))
+            for i, parts in zip(group, views, strict=True):
+                changes[i] = join([next(planned) for _ in parts])
         before = self._held_live(ready)
         for i, change in changes.items():
             self.states[i].apply(change)
-        counts, cut, before_counts, changed = self._count_after(ready, before)
+        by_part, cut, before_counts, changed = self._count_after(ready, before)
+        counts = [sum(parts) for parts in by_part]
         seconds, sent = time.perf_counter() - started, self.ranks.bytes - bytes_before
         self.n_events += len(ready)
         self.event_seconds += seconds
@@ -302,7 +305,7 @@ class SparseEvolution:
         for i, live, n_cut, moved in zip(ready, counts, cut, changed, strict=True):
             measured = {"live": live, "cut": n_cut, "changed": moved, **share}
             self._record(self.states[i], changes[i], **measured)
-        self._check_counts(ready, counts, before_counts, changes)
+        self._check_counts(ready, by_part, before_counts, changes)
 
     def _by_rate(self, ready: list[int]) -> dict[float, list[int]]:
         """Weights that drop the same share are decided together (a first event drops every slot)."""
@@ -321,27 +324,32 @@ class SparseEvolution:
         return self.config.seed + self.step * len(self.states) + target
 
     def _held_live(self, ready: list[int]) -> torch.Tensor:
-        """int64 (weights,): live positions of each weight among those that this rank owns."""
-        states = [self.states[i] for i in ready]
-        counts = [mask.count(s.live_bits) for s in states]
-        return torch.tensor(counts, dtype=torch.int64, device=states[0].live_bits.device)
+        """int64 (parts,): live positions of each part of each weight among those that this rank owns."""
+        return torch.cat([s.count_by_part(s.live_bits) for s in (self.states[i] for i in ready)])
 
     def _count_after(
         self, ready: list[int], before: torch.Tensor
-    ) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Of each weight, over all ranks and by one sum: live positions, the moments of its fresh slots that
-        8-bit state cut, live positions before the event (before: this rank's part), and positions whose
-        live bit differs from the start."""
+    ) -> tuple[list[list[int]], list[int], list[list[int]], list[int]]:
+        """Of each weight, over all ranks and by one sum: live positions by part, the moments of its fresh
+        slots that 8-bit state cut, live positions before the event (before: this rank's part), and positions
+        whose live bit differs from the start."""
         states = [self.states[i] for i in ready]
         live = self._held_live(ready)
         cut = torch.stack([s.cut_moments for s in states])
         if optimizer_state.is_replicated(self.engine):
             cut = cut * (self.ranks.rank == 0)  # every rank repairs every slot
         changed = torch.tensor([s.changed() for s in states], device=live.device)
-        sums = self.ranks.sum_(torch.stack([live, cut, before, changed])).tolist()
+        sums = self.ranks.sum_(torch.cat([live, before, cut, changed])).tolist()
         for state in states:
             state.cut_moments.zero_()
-        return tuple(sums)  # type: ignore[return-value]
+        sizes = [s.target.n_parts for s in states]
+        ends = list(itertools.accumulate(sizes))
+        n, weights = ends[-1], len(states)
+        after, earlier = (
+            [sums[lo + end - size : lo + end] for size, end in zip(sizes, ends, strict=True)]
+            for lo in (0, n)
+        )
+        return after, sums[2 * n : 2 * n + weights], earlier, sums[2 * n + weights :]
 
     def _record(self, state: WeightState, change: Change, **measured: Any) -> None:
         self._tell(
@@ -356,6 +364,7 @@ class SparseEvolution:
             pruned=change.pruned.numel(),
             target_live=state.target.target_live,
             slots=state.target.n_slots,
+            **({"idle": change.idle} if state.target.experts else {}),
             **measured,
         )
 
@@ -364,21 +373,26 @@ class SparseEvolution:
             listener({"step": self.step, **record})
 
     def _check_counts(
-        self, ready: list[int], counts: list[int], before: list[int], changes: dict[int, Change]
+        self,
+        ready: list[int],
+        counts: list[list[int]],
+        before: list[list[int]],
+        changes: dict[int, Change],
     ) -> None:
         """Invariant B, after every event; without `adapt`, that counts moved by what the changes say."""
         moved = [
             int(c.revived.sum()) - int(c.died.sum()) - c.pruned.numel()
             for c in (changes[i] for i in ready)
         ]
-        assert counts == [n + m for n, m in zip(before, moved, strict=True)], (counts, before)
+        after, earlier = [sum(c) for c in counts], [sum(c) for c in before]
+        assert after == [n + m for n, m in zip(earlier, moved, strict=True)], (counts, before)
         if not self.config.adapt:
             return
         if self.config.scope == "layer":
-            wanted = [self.states[i].target.target_live for i in ready]
+            wanted = [self.states[i].target.live_by_part for i in ready]
             assert counts == wanted, f"live counts {counts} after an event, wanted {wanted}"
         else:  # all evolve together; an exchange has moved budgets between them
-            assert sum(counts) == sum(before)
+            assert sum(after) == sum(earlier)
 
     # What others ask for.
 
@@ -394,10 +408,9 @@ class SparseEvolution:
         return self.ranks.sum_(counts).tolist()
 
     def changed_positions(self) -> list[int]:
-        """Positions of each target whose live bit differs from the start."""
-        device = self.states[0].live_bits.device
-        counts = [s.changed() for s in self.states]
-        return self.ranks.sum_(torch.tensor(counts, device=device)).tolist()
+        """Positions of each part of each target whose live bit differs from the start."""
+        counts = [s.count_by_part(s.live_bits ^ s.start_bits) for s in self.states]
+        return self.ranks.sum_(torch.cat(counts)).tolist()
 
     def delta_sizes(self) -> dict[str, dict[str, float]]:
         """{target: root mean square and largest |δ| of the slots that it holds now}."""
@@ -414,8 +427,13 @@ class SparseEvolution:
 
     def live_bits(self, target: int) -> torch.Tensor:
         """The whole live mask of one target, packed, on the CPU of every rank."""
-        whole = torch.cat(self.ranks.gather(self.states[target].live().to(torch.uint8)))
-        return mask.pack(whole.bool()).cpu()
+        state, size = self.states[target], self.ranks.size
+        numel, multiple = state.target.numel, state.multiple
+        ranges = [shard_range(numel, r, size, multiple) for r in range(size)]
+        # Packed on the wire and on the device: whole, a fused weight's mask is large.
+        packed = self.ranks.gather(state.live_bits)
+        parts = [mask.unpack(p.cpu(), hi - lo) for p, (lo, hi) in zip(packed, ranges, strict=True)]
+        return mask.pack(torch.cat(parts))
 
     def check(self) -> None:
         """Check what has to be true of every target. A collective; RuntimeError naming the weight."""

@@ -2,7 +2,8 @@
 
 A few steps are measured (`sparse/curvature.py`), then all weights decide together
 (`distributed/exchange.py`). Weights with an N:M pattern take no part: there each group would have to pay for
-itself.
+itself. A matrix of an expert exchanges within itself, whatever the scope: how many tokens of a few steps
+reached it says little of what it is worth beside others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Exchanges:
     ):
         self.states = [s for s in states if dense is not None and s.target.pattern is None]
         self._dense, self._ranks = dense, ranks
-        self._group = [i if scope == "layer" else 0 for i in range(len(self.states))]
+        self._group = _groups(self.states, scope)  # of each part of each weight
 
     def open(self) -> None:
         """Measure from the next step on."""
@@ -57,19 +58,24 @@ class Exchanges:
             return None
         assert self._dense is not None
         started, bytes_before = time.perf_counter(), self._ranks.bytes
-        sizes = [0] * (self._group[-1] + 1)
-        for g, state in zip(self._group, self.states, strict=True):
-            sizes[g] += state.target.numel
+        sizes = [0] * (max(self._group) + 1)
+        parts = [n for s in self.states for n in [s.target.part_numel] * s.target.n_parts]
+        for g, n in zip(self._group, parts, strict=True):
+            sizes[g] += n
         most = [int(rate * n) for n in sizes]
-        stakes = [state.stakes(self._dense) for state in self.states]
+        stakes = [part for state in self.states for part in state.stakes(self._dense)]
         changes, paying = plan_exchange(stakes, self._group, most, self._ranks)
         del stakes
-        for state, change in zip(self.states, changes, strict=True):
-            state.exchange(change, self._dense)
+        left = iter(changes)
+        by_state = [[next(left) for _ in range(s.target.n_parts)] for s in self.states]
+        for state, mine in zip(self.states, by_state, strict=True):
+            state.exchange(mine, self._dense)
         self._close()
-        revived, pruned, live, changed = self._totals(
-            [[c.revived.numel() for c in changes], [c.pruned.numel() for c in changes]]
-        )
+        counts = [
+            [sum(getattr(c, kind).numel() for c in mine) for mine in by_state]
+            for kind in ("revived", "pruned")
+        ]
+        revived, pruned, live, changed = self._totals(counts)
         assert sum(revived) == sum(pruned), "an exchange must not change the number of live weights"
         names = [s.target.name for s in self.states]
         return {
@@ -95,3 +101,13 @@ class Exchanges:
         live = [mask.count(s.live_bits) for s in self.states]
         rows = [*counts, live, [s.changed() for s in self.states]]
         return self._ranks.sum_(torch.tensor(rows, dtype=torch.int64, device=device)).tolist()
+
+
+def _groups(states: list[WeightState], scope: str) -> list[int]:
+    """The group of each part of each weight: within a group positions change places."""
+    groups: dict[object, int] = {}
+    keys: list[object] = []
+    for i, state in enumerate(states):
+        alone = scope == "layer" or state.target.experts
+        keys += [(i, p) if alone else "all" for p in range(state.target.n_parts)]
+    return [groups.setdefault(key, len(groups)) for key in keys]

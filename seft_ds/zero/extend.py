@@ -72,7 +72,7 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
         raise ValueError(
             f"not supported with SEFT yet: {'; '.join(found)}. Remove it from the DeepSpeed config"
         )
-    dtype = attached[0].module.weight.dtype
+    dtype = attached[0].weight.dtype
     expected = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     if dtype != expected:
         raise ValueError(

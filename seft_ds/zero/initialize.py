@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import Ranks, init_ranks
-from seft_ds.sparse.linear import DELTA, POSITION
+from seft_ds.naming import naming_of_model
+from seft_ds.sparse.experts import is_fused_experts
+from seft_ds.sparse.linear import DELTA, POSITION, is_slot_parameter
 from seft_ds.zero.attach import AttachedTarget, attach_slots
 from seft_ds.zero.dense_model import DenseModel, open_dense_model
 from seft_ds.zero.extend import extend
@@ -53,23 +57,44 @@ def attach_model(
     ranks = init_ranks()
     agree(ranks, config.model_dump(), 'the "seft" settings')
     targets = attach_slots(model, config, ranks)
-    dense = open_dense_model(config, targets, ranks)
+    dense = open_dense_model(config, targets, ranks, naming_of_model(model))
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if Path(source).is_dir():  # a later export may run in another directory
         source = str(Path(source).resolve())
-    frozen = {n: p for n, p in model.named_parameters() if not n.endswith((DELTA, POSITION))}
+    frozen = {n: p for n, p in model.named_parameters() if not is_slot_parameter(n)}
     attached = Attached(
         targets, config, ranks, source, on_engine, model_fingerprints(frozen, ranks), dense
     )
     setattr(model, _ATTACHED, attached)
     _keep_inputs_differentiable(model)
     # A saved model holds the effective weights; the slots are ours and no part of it.
-    ours = {f"{t.target.name}.{part}" for t in targets for part in (DELTA, POSITION)}
+    ours = {t.target.slot_name(part) for t in targets for part in (DELTA, POSITION)}
     model._keys_to_ignore_on_save = (
         set(getattr(model, "_keys_to_ignore_on_save", None) or []) | ours
     )  # type: ignore[assignment]
+    _mark_leaves(model)
     _watch_deepspeed_initialize()
     return attached
+
+
+def _mark_leaves(model: nn.Module) -> None:
+    """Have ZeRO-3 gather a module of experts as a whole, whichever of them run.
+
+    Fused experts are one module a layer, so that no hook depends on the routing; it is set to be sure.
+    """
+    for module in model.modules():
+        if is_fused_experts(module):
+            set_z3_leaf_module(module, True)
+
+
+def _buffers_in_fp32(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """The fp32 buffers that a saved model holds: routers correct their choices by some (DeepSeek-V3)."""
+    return [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.float32 and name not in module._non_persistent_buffers_set
+    ]
 
 
 def find_attached(model: nn.Module) -> Attached | None:
@@ -173,13 +198,17 @@ def _watch_deepspeed_initialize() -> None:
     def initialize_and_extend(*args: Any, **kwargs: Any) -> Any:
         model = args[0] if args else kwargs.get("model")
         _refuse_second_engine(model)
-        if model is not None and find_attached(model) is not None:
+        ours = model is not None and find_attached(model) is not None
+        if ours:
             for name in ("config", "config_params"):  # trainers call with either
                 if isinstance(kwargs.get(name), dict):
                     kwargs[name] = _with_optimizer(kwargs[name], kwargs, model)
+        kept = _buffers_in_fp32(model) if ours else []
         result = original(*args, **kwargs)
         engine = result[0]
         attached = find_attached(engine.module)
+        for module, name, buffer in kept:  # a bf16 engine has rounded them
+            module._buffers[name] = buffer.to(engine.device)
         # An engine without an optimizer (evaluation before training) has nothing to evolve.
         if attached is not None and hasattr(engine.optimizer, "param_groups"):
             extend(

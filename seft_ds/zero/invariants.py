@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.selection import gather_lists
-from seft_ds.sparse import mask
 from seft_ds.zero import shards
 from seft_ds.zero.weight_state import WeightState
 
@@ -23,7 +24,8 @@ def check_invariants(states: list[WeightState], config: SeftConfig, ranks: Ranks
     """
     problems = []
     positions = _gather_positions(states, ranks)
-    counts = []
+    counts: list[torch.Tensor] = []
+    slot_counts: list[int] = []
     for state, position in zip(states, positions, strict=True):
         name = state.target.name
         _, values = shards.owned(state.weight, state.multiple, ranks)
@@ -39,20 +41,35 @@ def check_invariants(states: list[WeightState], config: SeftConfig, ranks: Ranks
         # What the forward pass takes gradients for has to be what the deltas are written to.
         if not torch.equal(position[state.slots.slot], state.slots.position):
             problems.append(f"{name}: slot positions and slot table differ")
-        counts += [mask.count(state.live_bits), at.numel()]
-    device = states[0].live_bits.device
-    totals = ranks.sum_(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
-    live_counts, slots = totals[0::2], totals[1::2]
-    wanted = [s.target.target_live for s in states]
+        counts.append(state.count_by_part(state.live_bits))
+        slot_counts += _slots_by_part(state, at)
+    live = ranks.sum_(torch.cat(counts)).tolist()
+    slots = ranks.sum_(torch.tensor(slot_counts, device=states[0].live_bits.device)).tolist()
+    # By part: every matrix of every expert keeps its own counts.
+    live_counts, wanted = live, [n for s in states for n in s.target.live_by_part]
     per_weight = config.scope == "layer"
     off = (per_weight and live_counts != wanted) or sum(live_counts) != sum(wanted)
     if off and config.adapt:
         problems.append(f"live counts {live_counts}, wanted {wanted}")
-    if slots != [s.target.n_slots for s in states]:
-        problems.append(f"slots {slots}, wanted {[s.target.n_slots for s in states]}")
+    wanted_slots = [n for s in states for n in s.target.slots_by_part]
+    if slots != wanted_slots:
+        problems.append(f"slots {slots}, wanted {wanted_slots}")
     everyone = [p for per_rank in ranks.gather_object(problems) for p in per_rank]
     if everyone:
         raise RuntimeError("sparsity invariant broken: " + "; ".join(everyone))
+
+
+def _slots_by_part(state: WeightState, position: torch.Tensor) -> list[int]:
+    """How many of this rank's slots, at ascending `position`, lie in each part and are numbered so."""
+    ends = list(itertools.accumulate(state.target.slots_by_part))
+    table = state.slots
+    slot = table.slot[table.between(state.lo, state.hi)]
+    counts = []
+    ranges = state.target.part_ranges(state.lo, state.hi)
+    for (begin, end), n, last in zip(ranges, state.target.slots_by_part, ends, strict=True):
+        inside = (position >= begin) & (position < end)
+        counts.append(int((inside & (slot >= last - n) & (slot < last)).sum()))
+    return counts
 
 
 def _gather_positions(states: list[WeightState], ranks: Ranks) -> list[torch.Tensor]:

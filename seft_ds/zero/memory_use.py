@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from seft_ds.memory import HELD
-from seft_ds.sparse.linear import DELTA, POSITION
+from seft_ds.sparse.linear import is_slot_parameter
 from seft_ds.zero import optimizer_state, shards
 
 
@@ -21,7 +21,7 @@ def held(engine: Any) -> dict[str, int]:
     deltas = {id(s.delta) for s in states}
     positions = {id(s.position) for s in states}
     named = dict(engine.module.named_parameters())
-    frozen = [p for n, p in named.items() if not n.endswith((f".{DELTA}", f".{POSITION}"))]
+    frozen = [p for n, p in named.items() if not is_slot_parameter(n)]
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     flats = optimizer_state.flats([s.slot_shard for s in states])
     masters = [f.parts[0][1].flat for f in flats]

@@ -19,7 +19,6 @@ from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
 from seft_ds.sparse.curvature import Curvature, worth
 from seft_ds.sparse.kernel_costs import KernelCosts, Problem
-from seft_ds.sparse.linear import DELTA, POSITION
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import Shard
 from seft_ds.zero import optimizer_state, shards
@@ -49,15 +48,14 @@ class SlotTable:
 
 
 class WeightState:
-    """One target weight: mask, slots, window. Implements `SeftLinear.seft_runtime`."""
+    """One target weight: mask, slots, window; what the forward pass of its module asks for."""
 
     def __init__(self, attached: AttachedTarget, engine: Any, ranks: Ranks):
         self.target = attached.target
-        self.module = attached.module
-        self.weight = self.module.weight
-        self.delta = self.module._parameters[DELTA]
-        self.position = self.module._parameters[POSITION]
-        assert self.delta is not None and self.position is not None
+        self.weight = attached.weight
+        self.delta = attached.delta
+        self.position = attached.position
+        attached.connect(self)
         self.multiple = attached.target.multiple
         self.ranks = ranks
         numel = self.target.numel
@@ -79,7 +77,9 @@ class WeightState:
         self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
         self.not_finite = torch.zeros((), dtype=torch.bool, device=engine.device)  # by backward
-        self.problem = Problem.of(self.target.shape, self.target.n_slots, self.weight.dtype)
+        n = max(1, self.target.experts)  # of fused experts one at a time
+        shape = (self.target.shape[0] // n, self.target.shape[1])
+        self.problem = Problem.of(shape, self.target.n_slots // n, self.weight.dtype)
         self.kernel_costs = KernelCosts()
 
     def _first_slots(self) -> SlotTable:
@@ -112,7 +112,7 @@ class WeightState:
         lo, hi = self.known_range
         return (position >= lo) & (position < hi)
 
-    # What SeftLinear asks for.
+    # What SeftLinear and SeftExperts ask for.
     def open_sinks(self) -> list[Window | Curvature]:
         return [sink for sink in (self.window, self.curvature) if sink is not None]
 
@@ -126,7 +126,9 @@ class WeightState:
 
     def begin_curvature(self) -> None:
         if self.curvature is None:
-            self.curvature = Curvature(*self.target.shape, self.live_bits.device)
+            self.curvature = Curvature(
+                *self.target.shape, self.live_bits.device, self.target.experts
+            )
 
     def write_through(self, delta: torch.Tensor) -> None:
         """Put base + δ into the weight at this rank's slots. delta: fp32 (K,), all slots."""
@@ -148,27 +150,46 @@ class WeightState:
         """Owned positions whose live bit differs from the start. A host-device sync."""
         return mask.count(self.live_bits ^ self.start_bits)
 
-    def shard(self, delta: torch.Tensor, seed: int) -> Shard:
-        """This rank's view of the weight for an event. delta: fp32 (K,). A collective for N:M."""
+    def count_by_part(self, bits: torch.Tensor) -> torch.Tensor:
+        """int64 (parts,): how many of `bits`, packed, over the owned positions, are set in each part."""
+        if not self.target.experts:
+            return torch.tensor([mask.count(bits)], device=bits.device)
+        flags, lo = mask.unpack(bits, self.hi - self.lo), self.lo
+        ranges = self.target.part_ranges(lo, self.hi)
+        return torch.stack([flags[a - lo : b - lo].count_nonzero() for a, b in ranges])
+
+    def views(self, delta: torch.Tensor, seed: int) -> list[Shard]:
+        """This rank's view of each part for an event. delta: fp32 (K,). A collective for N:M."""
         assert self.window is not None and self.window.steps > 0
         lo, weight = shards.owned(self.weight, self.multiple, self.ranks)
-        rows = self.slots.between(self.lo, self.hi)
-        return Shard(
-            name=self.target.name,
-            lo=lo,
-            weight=weight.to(self.live_bits.device),
-            live=self.live(),
-            G=self.window.G,
-            Q=self.window.Q,
-            position=self.slots.position[rows],
-            slot=self.slots.slot[rows],
-            delta=delta[self.slots.slot[rows]],
-            base=self.slots.base[rows],
-            born_dead=self.slots.born_dead[rows],
-            n_slots=self.target.n_slots,
-            seed=seed,
-            pattern=self.target.pattern,
-        )
+        weight, live = weight.to(self.live_bits.device), self.live()
+        ranges = self.target.part_ranges(lo, lo + weight.numel())
+        borders = torch.tensor([lo, *(end for _, end in ranges)], device=self.slots.position.device)
+        rows_of = torch.searchsorted(self.slots.position, borders).tolist()
+        views = []
+        for p, ((begin, end), n_slots) in enumerate(
+            zip(ranges, self.target.slots_by_part, strict=True)
+        ):
+            rows, here = slice(rows_of[p], rows_of[p + 1]), slice(begin - lo, end - lo)
+            view = Shard(
+                name=self.target.name,
+                lo=begin,
+                weight=weight[here],
+                live=live[here],
+                G=self.window.G[here],
+                Q=self.window.Q[here],
+                position=self.slots.position[rows],
+                slot=self.slots.slot[rows],
+                delta=delta[self.slots.slot[rows]],
+                base=self.slots.base[rows],
+                born_dead=self.slots.born_dead[rows],
+                n_slots=n_slots,
+                seed=seed,
+                pattern=self.target.pattern,
+                may_idle=self.target.experts > 0,
+            )
+            views.append(view)
+        return views
 
     def apply(self, change: Change) -> None:
         """Carry out a planned change on this rank: mask, weight, slots, optimizer. No collective."""
@@ -188,22 +209,38 @@ class WeightState:
         self.fresh_slots = change.released_slot
         self.window = None
 
-    def stakes(self, dense: DenseModel) -> Stakes:
-        """This rank's view of the weight for an exchange. A weight comes back as it was in `dense`."""
+    def stakes(self, dense: DenseModel) -> list[Stakes]:
+        """This rank's view of each part for an exchange. A weight comes back as it was in `dense`."""
         assert self.curvature is not None and self.multiple == 1
         lo, weight = shards.owned(self.weight, self.multiple, self.ranks)
         device, live = self.live_bits.device, self.live()
         before = dense.read(self.target.name, lo, lo + weight.numel()).to(weight.dtype)
         value = torch.where(live, weight.to(device), before.to(device))
-        held_at = self.slots.position[self.slots.between(self.lo, self.hi)] - self.lo
-        vectors = self.curvature.output, self.curvature.input
-        return Stakes(worth(value, lo, *vectors), self.live_bits, held_at)
+        held_at = self.slots.position[self.slots.between(self.lo, self.hi)]
+        output = self.curvature.output.view(self.target.n_parts, -1)
+        input = self.curvature.input.view(max(1, self.target.experts), -1)
+        matrices = len(output) // len(input)  # gate and up of an expert read the same
+        found = []
+        for p, (begin, end) in enumerate(self.target.part_ranges(lo, lo + weight.numel())):
+            first = max(0, begin - p * self.target.part_numel)
+            score = worth(value[begin - lo : end - lo], first, output[p], input[p // matrices])
+            held = held_at[(held_at >= begin) & (held_at < end)] - begin
+            found.append(Stakes(score, mask.cut(self.live_bits, begin - lo, end - lo), held))
+        return found
 
-    def exchange(self, change: Exchange, dense: DenseModel) -> None:
-        """Carry out a planned exchange: mask and weight. A collective where ranks hold whole weights."""
-        mask.put(self.live_bits, change.revived, True)
-        mask.put(self.live_bits, change.pruned, False)
-        revived, pruned = change.revived + self.lo, change.pruned + self.lo
+    def exchange(self, changes: list[Exchange], dense: DenseModel) -> None:
+        """Carry out a planned exchange: mask and weight. A collective where ranks hold whole weights.
+
+        changes: of each part, in terms of this rank's view of it.
+        """
+        starts = [begin - self.lo for begin, _ in self.target.part_ranges(self.lo, self.hi)]
+        back, gone = (
+            torch.cat([getattr(c, kind) + s for c, s in zip(changes, starts, strict=True)])
+            for kind in ("revived", "pruned")
+        )
+        mask.put(self.live_bits, back, True)
+        mask.put(self.live_bits, gone, False)
+        revived, pruned = back + self.lo, gone + self.lo
         self.touch(revived)
         self.touch(pruned)
         if not shards.is_partitioned(self.weight):

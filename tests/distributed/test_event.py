@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from seft_ds.distributed.event import EventSettings, plan
+from seft_ds.distributed.event import EventSettings, join, plan
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import Shard
 from tests import reference
@@ -174,3 +175,67 @@ def test_pattern(size: int, nm: str, kind: str) -> None:
         ]
         revived += check(states, size, 0.7, release=release, prune=prune, scope=scope, nm=nm)
     assert (revived > 0) or nm == "fixed" or kind == "zero"
+
+
+def part_of(s: dict, lo: int, hi: int, idle: bool) -> dict:
+    """One part of a stacked weight as a weight of its own."""
+    mine = (s["slots"] >= lo) & (s["slots"] < hi)
+    part = {k: s[k][lo:hi].clone() for k in ("weight", "live", "G", "Q")}
+    part |= {k: s[k][mine] for k in ("slots", "delta", "base", "born_dead")}
+    part["slots"] = part["slots"] - lo
+    if idle:
+        part["G"].zero_()
+        part["Q"].zero_()
+    return part | {"pattern": s["pattern"]}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("size", RANKS)
+def test_parts_of_a_fused_weight_choose_for_themselves(size: int, scope: str) -> None:
+    """Each part is an event of its own (layer) or all compete (global), but for those without a gradient,
+    which neither give nor take; whatever the borders between ranks cut."""
+    n_parts, n = 5, 24
+    whole = random_state(n_parts * n, 40, seed=size, kind="ties", pattern=None)
+    idle = [False, True, False, False, True]
+    parts = [part_of(whole, p * n, (p + 1) * n, off) for p, off in enumerate(idle)]
+    for p, part in enumerate(parts):
+        whole["G"][p * n : (p + 1) * n], whole["Q"][p * n : (p + 1) * n] = part["G"], part["Q"]
+    settings = EventSettings(release="fold", prune="taylor", scope=scope)
+
+    def work(ranks):
+        shard = as_shard(whole, "experts", ranks.rank, size)
+        views, hi = [], shard.lo + shard.weight.numel()
+        for p in range(n_parts):
+            a, b = (min(max(x, shard.lo), hi) for x in (p * n, (p + 1) * n))
+            mine = (shard.position >= a) & (shard.position < b)
+            cut = {
+                k: getattr(shard, k)[a - shard.lo : b - shard.lo]
+                for k in ("weight", "live", "G", "Q")
+            }
+            rows = ("position", "slot", "delta", "base", "born_dead")
+            cut |= {k: getattr(shard, k)[mine] for k in rows}
+            n_slots = parts[p]["slots"].numel()
+            views.append(replace(shard, lo=a, n_slots=n_slots, may_idle=True, **cut))
+        return join(plan(views, 0.4, settings, ranks))
+
+    busy = [p for p, off in enumerate(idle) if not off]
+    states = [as_reference(parts[p]) for p in busy]
+    wanted = reference.event(states, 0.4, "fold", "taylor", scope, "swap")
+    moved = dict(zip(busy, wanted, strict=True))
+    for change in run_threads(size, work):
+        assert change.idle == 2
+        for name in ("released", "fresh", "pruned"):
+            found = sorted(p * n + x for p, want in moved.items() for x in getattr(want, name))
+            assert getattr(change, name).tolist() == found, name
+        assert change.dropped == sum(len(want.dropped) for want in wanted)
+        assert whole["slots"][change.released_slot].tolist() == change.released.tolist()
+        # A slot stays in its part: the module takes each expert's as a slice.
+        assert torch.equal(change.released // n, change.fresh // n)
+
+
+def test_an_event_of_idle_parts_alone_changes_nothing() -> None:
+    state = random_state(24, 8, seed=0, kind="zero", pattern=None)
+    shard = replace(as_shard(state, "expert", 0, 1), may_idle=True)
+    (change,) = run_threads(1, lambda ranks: plan([shard], 1.0, EventSettings(), ranks))[0]
+    assert change.idle == 1 and change.dropped == 0
+    assert not any(x.numel() for x in (change.released, change.fresh, change.pruned))

@@ -157,7 +157,8 @@ def dense_statistics(model, blocks, sequences, ranks) -> dict[str, torch.Tensor]
     hidden = [calls_of.enter(model, blocks, s)[0] for s in sequences]
     found = {}
     for block, call in zip(blocks, calls):
-        found |= statistics.input_square_sums(block, call, hidden, ranks)
+        inputs = statistics.input_square_sums(block, call, hidden, ranks)
+        found |= {name: sums for name, (sums, _) in inputs.items()}
         hidden = [call.replay(block.module, h) for h in hidden]
     return found
 

@@ -46,3 +46,18 @@ def test_it_is_the_mean_square_gradient_where_the_factors_are_independent() -> N
     ones = worth(torch.ones(6), 0, curvature.output, curvature.input) / 20_000**2
     exact = torch.stack([(dy[:, i] * x[:, j]).square().mean() for i in range(3) for j in range(2)])
     torch.testing.assert_close(ones, exact, rtol=0.05, atol=0)
+
+
+def test_every_expert_has_inputs_of_its_own() -> None:
+    g = torch.Generator().manual_seed(3)
+    ends = [3, 3, 9]  # the second expert has no tokens
+    dy, x = torch.randn(9, 4, generator=g), torch.randn(9, 2, generator=g)
+    curvature = Curvature(12, 2, torch.device("cpu"), experts=3)
+    curvature.add(dy, x, ends)
+    curvature.add(dy, x, ends)
+    curvature.finish_step()
+    for e, rows in enumerate((slice(0, 3), slice(3, 3), slice(3, 9))):
+        torch.testing.assert_close(
+            curvature.output[4 * e : 4 * e + 4], 2 * dy[rows].square().sum(0)
+        )
+        torch.testing.assert_close(curvature.input[2 * e : 2 * e + 2], 2 * x[rows].square().sum(0))

@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoint.saved import differences, whole_state
 from tests.ranks import run_processes
-from tests.tiny import dense_model, prune_, tiny_config
+from tests.tiny import dense_model, dense_moe, prune_, tiny_config, tiny_moe
 from tests.zero.test_engine import check_export, config, live_mask, tokens
 
 STEPS = 14
@@ -130,6 +130,68 @@ def test_counts_values_and_the_same_choice_on_any_ranks(home: Path) -> None:
             assert other["exchanged"] == first["exchanged"], way
             for a, b in zip(first["live"], other["live"], strict=True):
                 assert torch.equal(a, b), way
+
+
+def train_experts(home: Path) -> dict:
+    """Experts from their files: every matrix keeps its count, and what comes back is the dense model's."""
+    from transformers import AutoModelForCausalLM
+
+    import seft_ds
+    from seft_ds.zero import shards
+
+    results = {}
+    for kind, stage in (("deepseek_v3", 3), ("mixtral", 2)):
+        folder = home / kind
+        model = AutoModelForCausalLM.from_pretrained(folder / "pruned", dtype=torch.float32)
+        settings = {"dense_model": str(folder / "dense"), "exchange": 0.1, "exchanges": 2}
+        settings |= {"total_steps": 9, "checkpoint_base": "reference"}
+        engine, *_ = seft_ds.initialize(model=model, config=config(stage, **settings))
+        evolution, records = engine.seft, []
+        evolution.listeners.append(records.append)
+        wanted = [s.count_by_part(s.live_bits) for s in evolution.states]
+        wanted = [evolution.ranks.sum_(counts).tolist() for counts in wanted]
+        for number in range(9):
+            step(engine, number)
+            if number == 3:
+                engine.save_checkpoint(str(home / f"{kind}-{evolution.ranks.size}"), "here")
+        dense, live = AutoModelForCausalLM.from_pretrained(folder / "dense").state_dict(), {}
+        for i, (s, before) in enumerate(zip(evolution.states, wanted, strict=True)):
+            counts = evolution.ranks.sum_(s.count_by_part(s.live_bits)).tolist()
+            live[s.target.name] = live_mask(evolution, i, s.target.numel)
+            if not s.target.experts:
+                continue  # with the default scope budgets move between linear layers
+            assert counts == before == s.target.live_by_part
+            weight = shards.gather_whole(s.weight, evolution.ranks).view(-1)
+            started = live_mask_of(s.start_bits, evolution.ranks, s)
+            back = live[s.target.name] & ~started
+            assert back.any() and torch.equal(weight[back], dense[s.target.name].view(-1)[back])
+        seft_ds.save_model(engine, folder / "pruned", home / f"out-{kind}-{evolution.ranks.size}")
+        moved = [r["exchanged"] for r in records if r["kind"] == "exchange"]
+        results[kind] = {"live": live, "exchanged": moved}
+    return results
+
+
+def live_mask_of(bits, ranks, state) -> torch.Tensor:
+    from seft_ds.sparse import mask
+
+    mine = mask.unpack(bits, state.hi - state.lo).to(torch.uint8)
+    return torch.cat(ranks.gather(mine)).bool()
+
+
+@pytest.mark.timeout(600)
+def test_experts_exchange_within_themselves(tmp_path: Path) -> None:
+    from seft_ds import verify
+
+    for kind in ("deepseek_v3", "mixtral"):
+        for name, make in (("dense", dense_moe), ("pruned", tiny_moe)):
+            make(kind).save_pretrained(tmp_path / kind / name)
+    results = {size: run_processes(size, train_experts, tmp_path)[0] for size in (1, 3)}
+    for kind, first in results[1].items():
+        other = results[3][kind]
+        assert min(first["exchanged"]) > 0 and other["exchanged"] == first["exchanged"]
+        for name, live in first["live"].items():
+            assert torch.equal(other["live"][name], live), name
+        assert verify(tmp_path / f"out-{kind}-3").ok
 
 
 def resumed(home: Path, folder: str, base: str) -> list[str]:
