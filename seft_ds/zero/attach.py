@@ -174,8 +174,8 @@ def _named(layers: dict[str, Found], wanted: list[str]) -> list[Found]:
         if not any(matches(n, [one]) for n in layers):
             kinds = sorted({n.rsplit(".", 1)[-1] for n in layers})
             raise ValueError(
-                f"target {one!r} matches no linear layer of this model (routers are none); layers end in: "
-                f"{', '.join(kinds)}"
+                f"target {one!r} matches no linear layer of this model; layers end in: {', '.join(kinds)} "
+                "(routers are never targets)"
             )
     return [f for n, f in layers.items() if matches(n, wanted)]
 
