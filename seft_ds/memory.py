@@ -267,10 +267,13 @@ def buffers(targets: Sequence[Target], others: Sequence[int], setup: Setup) -> d
     largest = max((t.numel // max(1, t.experts) for t in targets), default=0)
     slots = [t.n_slots for t in targets]
     everything = sum(t.numel for t in targets) + sum(others)
-    gathered = min(setup.live_parameters, everything) * setup.dtype_bytes
+    # What is gathered arrives in one buffer and is copied from there; a single rank has its weights at hand.
+    gathered = min(setup.live_parameters, everything) + min(setup.prefetched, everything)
+    gathers = setup.stage == 3 and (setup.ranks > 1 or setup.offload_param)
+    whole = max(gathered * setup.dtype_bytes, _module(targets, setup))
     return {
         "reduction buffers": setup.reduce_bucket * setup.dtype_bytes if setup.stage else 0,
-        "gathered weights": max(gathered, _module(targets, setup)) if setup.stage == 3 else 0,
+        "gathered weights": whole if gathers else 0,
         # The gradient of one weight at a time in fp32, and deltas gathered for the write-through.
         "slot gradients": 4 * largest + 4 * max(min(sum(slots), 1 << 24), *slots, 0),
     }
