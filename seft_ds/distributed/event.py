@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.distributed.selection import gather_lists, select
+from seft_ds.distributed.selection import Keys, KeysOnDemand, gather_lists, select
 from seft_ds.sparse import pattern, radix, topology
 from seft_ds.sparse.scores import GROW, PRUNE, ScoreInputs
 from seft_ds.sparse.topology import Shard
@@ -162,29 +162,38 @@ def _grow(drafts: list[_Draft], settings: EventSettings, ranks: Ranks) -> None:
     """2. Grow at the largest scores among what no remaining slot holds. Dead positions compete."""
     keys = [_growth_keys(d, settings) for d in drafts]
     each = list(range(len(drafts)))  # every weight grows as many as it dropped
-    for d, chosen in zip(drafts, select(keys, each, [d.n_dropped for d in drafts], ranks)):
+    for d, chosen in zip(drafts, select(keys, each, [d.n_dropped for d in drafts], ranks, few=True)):
         shard = d.shard
         d.grown = shard.lo + chosen
         d.released, d.fresh = topology.split_dropped(shard, d.dropped, d.grown)
         d.revived = ~shard.live[shard.index(d.fresh)]
 
 
-def _growth_keys(d: _Draft, settings: EventSettings) -> torch.Tensor:
+def _growth_keys(d: _Draft, settings: EventSettings) -> Keys:
     """Growth keys (n,) of the shard; for an N:M swap also finds out who would pay in each group."""
     shard = d.shard
-    held = shard.flags(shard.position[_staying(d)])
-    score = GROW[settings.grow](_inputs(shard, shard.weight))
-    if shard.pattern is None:
-        candidate = shard.live & ~held if settings.grow_among == "live" else ~held
-    elif settings.nm == "fixed" or settings.grow_among == "live":
-        candidate = shard.live & ~held
-    else:
+    staying = shard.index(shard.position[_staying(d)])
+    swaps = shard.pattern is not None and settings.nm != "fixed" and settings.grow_among != "live"
+    if swaps:
+        assert shard.pattern is not None
         # Whoever pays is released for certain, so its value after release is what counts.
         after = topology.released_weight(shard, d.dropped, _always_fold(shard, d.dropped, settings))
-        sensitivity = PRUNE[settings.prune](_inputs(shard, after))
+        whole = slice(0, after.numel(), 1)
+        score = GROW[settings.grow](_inputs(shard, shard.weight, whole))
+        sensitivity = PRUNE[settings.prune](_inputs(shard, after, whole))
+        held = shard.flags(shard.position[_staying(d)])
         m = shard.pattern[1]
         candidate, d.victim = pattern.swap_candidates(score, sensitivity, shard.live, held, m)
-    return topology.masked_keys(radix.largest_first(score), candidate)
+    else:
+        among_all = shard.pattern is None and settings.grow_among == "all"
+        candidate = torch.ones_like(shard.live) if among_all else shard.live.clone()
+        candidate[staying] = False
+
+    def make(where: slice) -> torch.Tensor:
+        score = GROW[settings.grow](_inputs(shard, shard.weight, where))
+        return topology.masked_keys(radix.largest_first(score), candidate[where])
+
+    return KeysOnDemand(candidate.numel(), candidate.device, make)
 
 
 def _release(
@@ -229,20 +238,27 @@ def _adapt(
     ranks: Ranks,
 ) -> None:
     """5. Prune the least sensitive live positions that no slot holds, until the count is right."""
-    keys = []
-    for d in drafts:
-        shard = d.shard
-        held = shard.flags(shard.position[_staying(d)]) | shard.flags(d.grown)
-        gone = shard.flags(shard.position[d.released[d.died]])
-        weight = topology.released_weight(shard, d.released, d.folded)
-        score = PRUNE[settings.prune](_inputs(shard, weight))
-        candidate = shard.live & ~held & ~gone
-        if shard.pattern is not None:
-            # The groups that took in a dead position give up their own member, and nobody else.
-            candidate &= _paying(d)
-        keys.append(topology.masked_keys(radix.smallest_first(score), candidate))
-    for d, chosen in zip(drafts, select(keys, scope, excess, ranks)):
+    keys = [_prune_keys(d, settings) for d in drafts]
+    for d, chosen in zip(drafts, select(keys, scope, excess, ranks, few=True)):
         d.pruned = d.shard.lo + chosen
+
+
+def _prune_keys(d: _Draft, settings: EventSettings) -> Keys:
+    """Pruning keys (n,) of the shard: of live positions that no slot holds, after the release."""
+    shard = d.shard
+    weight = topology.released_weight(shard, d.released, d.folded)
+    candidate = shard.live.clone()
+    for position in (shard.position[_staying(d)], d.grown, shard.position[d.released[d.died]]):
+        candidate[shard.index(position)] = False
+    if shard.pattern is not None:
+        # The groups that took in a dead position give up their own member, and nobody else.
+        candidate &= _paying(d)
+
+    def make(where: slice) -> torch.Tensor:
+        score = PRUNE[settings.prune](_inputs(shard, weight, where))
+        return topology.masked_keys(radix.smallest_first(score), candidate[where])
+
+    return KeysOnDemand(candidate.numel(), candidate.device, make)
 
 
 def _paying(d: _Draft) -> torch.Tensor:
@@ -291,8 +307,12 @@ def _staying(d: _Draft) -> torch.Tensor:
     return stays
 
 
-def _inputs(shard: Shard, weight: torch.Tensor) -> ScoreInputs:
-    return ScoreInputs(weight, shard.G, shard.Q, shard.lo, shard.seed)
+def _inputs(shard: Shard, weight: torch.Tensor, where: slice) -> ScoreInputs:
+    """Of the positions `where` (with start and step) of a shard whose weights are `weight`."""
+    first = shard.lo + where.start
+    return ScoreInputs(
+        weight[where], shard.G[where], shard.Q[where], first, shard.seed, where.step
+    )
 
 
 def _per_group(values: list[int], group: list[int]) -> list[int]:

@@ -8,14 +8,16 @@ the choice is the same on any number of ranks (ties: lowest position first).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeAlias
 
 import torch
 
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.distributed.selection import above_cut, find_cuts, select
+from seft_ds.distributed.selection import KeysOnDemand, above_cut, find_cuts, select
 from seft_ds.sparse import mask, radix
+from seft_ds.sparse.topology import masked_keys
 
 
 @dataclass
@@ -24,19 +26,27 @@ class Stakes:
 
     worth: torch.Tensor  # fp32 (n,), at least 0; of a dead position that can't come back: 0
     live_bits: torch.Tensor  # packed (n,)
-    held_at: torch.Tensor  # (s,) int64, indices of positions that a slot holds, so that they stay
+    held_at: torch.Tensor  # (s,) int64, ascending indices of positions that a slot holds, so that they stay
 
     @property
     def live(self) -> torch.Tensor:
         """Bool (n,)."""
         return mask.unpack(self.live_bits, self.worth.numel())
 
-    @property
-    def held(self) -> torch.Tensor:
-        """Bool (n,)."""
-        held = torch.zeros(self.worth.numel(), dtype=torch.bool, device=self.worth.device)
-        held[self.held_at] = True
-        return held
+    def live_at(self, where: slice) -> torch.Tensor:
+        """Bool: the live mask of the positions `where`."""
+        first = where.start // 8 * 8  # unpacked by whole bytes
+        bits = self.live_bits[first // 8 : -(-where.stop // 8)]
+        flags = mask.unpack(bits, where.stop - first)
+        return flags[where.start - first :: where.step]
+
+    def held_among(self, where: slice) -> torch.Tensor:
+        """Bool: which of the positions `where` a slot holds."""
+        bounds = torch.tensor([where.start, where.stop], device=self.held_at.device)
+        first, last = torch.searchsorted(self.held_at, bounds).tolist()
+        held = torch.zeros(where.stop - where.start, dtype=torch.bool, device=self.worth.device)
+        held[self.held_at[first:last] - where.start] = True
+        return held[:: where.step]
 
 
 @dataclass
@@ -65,25 +75,38 @@ def plan_exchange(
     for g, s in zip(group, stakes, strict=True):
         counts[g] += s.live.sum()
     live = ranks.sum_(counts).tolist()
-    every = [partial(_keys_of_all, s) for s in stakes]
+    every = [_on_demand(s, _keys_of_all) for s in stakes]
     counts.zero_()
     for g, s, keys, cut in zip(group, stakes, every, find_cuts(every, group, live, ranks)):
         counts[g] += (~s.live[above_cut(keys, cut)]).sum()
     paying = ranks.sum_(counts).tolist()
     k = [min(a, b) for a, b in zip(paying, most, strict=True)]
-    revived = select([partial(_keys_of_dead, s) for s in stakes], group, k, ranks)
-    pruned = select([partial(_keys_of_live, s) for s in stakes], group, k, ranks)
+    dead = [_on_demand(s, _keys_of_dead) for s in stakes]
+    revived = select(dead, group, k, ranks, few=True)
+    free = [_on_demand(s, _keys_of_live) for s in stakes]
+    pruned = select(free, group, k, ranks, few=True)
     return [Exchange(r, p) for r, p in zip(revived, pruned, strict=True)], paying
 
 
-def _keys_of_all(s: Stakes) -> torch.Tensor:
-    keys = torch.where(s.held, radix.KEY_MAX, radix.largest_first(s.worth))
-    return torch.where(s.live | (s.worth > 0), keys, radix.EXCLUDED)
+# worth, live and held of some positions -> their keys
+_KeysOf: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _keys_of_dead(s: Stakes) -> torch.Tensor:
-    return torch.where(~s.live & (s.worth > 0), radix.largest_first(s.worth), radix.EXCLUDED)
+def _on_demand(s: Stakes, keys_of: _KeysOf) -> KeysOnDemand:
+    def make(where: slice) -> torch.Tensor:
+        return keys_of(s.worth[where], s.live_at(where), s.held_among(where))
+
+    return KeysOnDemand(s.worth.numel(), s.worth.device, make)
 
 
-def _keys_of_live(s: Stakes) -> torch.Tensor:
-    return torch.where(s.live & ~s.held, radix.smallest_first(s.worth), radix.EXCLUDED)
+def _keys_of_all(worth: torch.Tensor, live: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    keys = torch.where(held, radix.KEY_MAX, radix.largest_first(worth))
+    return masked_keys(keys, live | (worth > 0))
+
+
+def _keys_of_dead(worth: torch.Tensor, live: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    return masked_keys(radix.largest_first(worth).clone(), ~live & (worth > 0))
+
+
+def _keys_of_live(worth: torch.Tensor, live: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    return masked_keys(radix.smallest_first(worth), live & ~held)

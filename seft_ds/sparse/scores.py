@@ -24,6 +24,7 @@ class ScoreInputs:
     Q: torch.Tensor  # (n,) fp32
     lo: int  # flat position in the weight of the first of them
     seed: int  # differs between weights and events
+    step: int = 1  # from one position to the next
 
 
 Score = Callable[[ScoreInputs], torch.Tensor]
@@ -55,7 +56,7 @@ def _over_root(numerator: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
 def random_score(inputs: ScoreInputs) -> torch.Tensor:
     """The same for every rank count; isolates what the gradient criterion is worth."""
     n = inputs.weight.numel()
-    position = torch.arange(inputs.lo, inputs.lo + n, device=inputs.weight.device)
+    position = inputs.lo + inputs.step * torch.arange(n, device=inputs.weight.device)
     return (hash_keys(position, inputs.seed) >> 7).to(torch.float32)  # 24 bits: exact in fp32
 
 

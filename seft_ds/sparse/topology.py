@@ -54,7 +54,8 @@ def drop_keys(shard: Shard) -> torch.Tensor:
 
 def masked_keys(keys: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Keys (n,) with everything that is not a candidate (n,), bool, excluded. Writes into `keys`."""
-    return keys.masked_fill_(~candidate, radix.EXCLUDED)
+    # EXCLUDED has all bits set. `where` and `masked_fill_` would take ten times as long on a CPU.
+    return keys.bitwise_or_(candidate.to(torch.int32).sub_(1))
 
 
 def split_dropped(
@@ -70,8 +71,11 @@ def split_dropped(
 
 
 def released_weight(shard: Shard, released: torch.Tensor, fold: torch.Tensor) -> torch.Tensor:
-    """The shard's weights (n,) after releasing slots: back to base where `fold` (m,) is False."""
-    weight = shard.weight.clone()
+    """The shard's weights (n,) after releasing slots: back to base where `fold` (m,) is False. Not to be
+    written to: they may be the shard's own."""
     back = released[~fold]
+    if back.numel() == 0:
+        return shard.weight
+    weight = shard.weight.clone()
     weight[shard.index(shard.position[back])] = shard.base[back].to(weight.dtype)
     return weight

@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from seft_ds.distributed.selection import gather_lists, select
+from seft_ds.distributed import selection
+from seft_ds.distributed.selection import KeysOnDemand, gather_lists, select
 from seft_ds.sparse import radix
 from seft_ds.sparse.shard import shard_range
 from tests.ranks import run_threads
@@ -56,6 +57,58 @@ def test_too_few_candidates_is_an_error() -> None:
     keys = [torch.tensor([1, radix.EXCLUDED, 5], dtype=torch.int32)]
     with pytest.raises(AssertionError, match="more entries than"):
         run_threads(1, lambda ranks: select(keys, [0], [3], ranks))
+
+
+def sorted_choice(keys: list[torch.Tensor], k: int) -> set[tuple[int, int]]:
+    """(weight, index) of the k largest of all weights together, by sorting."""
+    every = [
+        (-key, w, i) for w, of in enumerate(keys) for i, key in enumerate(of.tolist()) if key >= 0
+    ]
+    return {(w, i) for _, w, i in sorted(every)[:k]}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("kind", ["spread", "ties", "equal", "lying sample", "hidden from the sample"])
+def test_few_of_many_equal_sorting(size: int, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(selection, "_BLOCK_ON_CPU", 1000)
+    lengths, k = [7001, 4, 5003], [60]
+    g = torch.Generator().manual_seed(size)
+    scores = [torch.randn(n, generator=g).abs() for n in lengths]
+    if kind == "ties":
+        scores = [s.mul(4).floor() for s in scores]
+    if kind == "equal":
+        scores = [torch.ones(n) for n in lengths]
+    bounds = [[shard_range(n, r, size) for n in lengths] for r in range(size)]
+    for ranges in bounds if kind in ("lying sample", "hidden from the sample") else []:
+        for s, (lo, hi) in zip(scores, ranges, strict=True):
+            # The sample sees the only large scores, so that its floor is too high; or the only small ones.
+            s[lo : hi : selection._SAMPLE_EVERY] *= 1e6 if kind == "lying sample" else 1e-6
+    keys = [radix.largest_first(s).clone() for s in scores]
+    for key in keys:
+        key[torch.rand(key.numel(), generator=g) < 0.3] = radix.EXCLUDED
+    looked_at = [0] * size
+
+    def work(ranks):
+        ranges = bounds[ranks.rank]
+
+        def on_demand(key: torch.Tensor, lo: int, hi: int) -> KeysOnDemand:
+            def make(where: slice) -> torch.Tensor:
+                found = key[lo:hi][where].clone()
+                looked_at[ranks.rank] += found.numel()
+                return found
+
+            return KeysOnDemand(hi - lo, key.device, make)
+
+        mine = [on_demand(key, lo, hi) for key, (lo, hi) in zip(keys, ranges, strict=True)]
+        chosen = select(mine, [0, 0, 0], k, ranks, few=True)
+        return [(c + lo).tolist() for c, (lo, _) in zip(chosen, ranges, strict=True)]
+
+    by_rank = run_threads(size, work)
+    assert {(w, p) for lists in by_rank for w in range(3) for p in lists[w]} == sorted_choice(keys, k[0])
+    assert all(of == sorted(of) for lists in by_rank for of in lists)
+    # Once by the sample, once to compare; again only where the sample misled.
+    once_and_a_sample = sum(lengths) * (1 + 1 / selection._SAMPLE_EVERY) + 3 * size
+    assert (sum(looked_at) <= once_and_a_sample) == (kind != "lying sample")
 
 
 def test_keys_order_like_scores() -> None:
