@@ -162,7 +162,9 @@ def _grow(drafts: list[_Draft], settings: EventSettings, ranks: Ranks) -> None:
     """2. Grow at the largest scores among what no remaining slot holds. Dead positions compete."""
     keys = [_growth_keys(d, settings) for d in drafts]
     each = list(range(len(drafts)))  # every weight grows as many as it dropped
-    for d, chosen in zip(drafts, select(keys, each, [d.n_dropped for d in drafts], ranks, few=True)):
+    for d, chosen in zip(
+        drafts, select(keys, each, [d.n_dropped for d in drafts], ranks, few=True)
+    ):
         shard = d.shard
         d.grown = shard.lo + chosen
         d.released, d.fresh = topology.split_dropped(shard, d.dropped, d.grown)
@@ -310,9 +312,7 @@ def _staying(d: _Draft) -> torch.Tensor:
 def _inputs(shard: Shard, weight: torch.Tensor, where: slice) -> ScoreInputs:
     """Of the positions `where` (with start and step) of a shard whose weights are `weight`."""
     first = shard.lo + where.start
-    return ScoreInputs(
-        weight[where], shard.G[where], shard.Q[where], first, shard.seed, where.step
-    )
+    return ScoreInputs(weight[where], shard.G[where], shard.Q[where], first, shard.seed, where.step)
 
 
 def _per_group(values: list[int], group: list[int]) -> list[int]:

@@ -26,7 +26,9 @@ class Stakes:
 
     worth: torch.Tensor  # fp32 (n,), at least 0; of a dead position that can't come back: 0
     live_bits: torch.Tensor  # packed (n,)
-    held_at: torch.Tensor  # (s,) int64, ascending indices of positions that a slot holds, so that they stay
+    held_at: (
+        torch.Tensor
+    )  # (s,) int64, ascending indices of positions that a slot holds, so that they stay
 
     @property
     def live(self) -> torch.Tensor:

@@ -6,9 +6,9 @@ Keys above the k-th are chosen; ties at the k-th go to the lowest positions, by 
 tie counts. Four small collectives, whatever the model's size; no rank sees another's scores. The result
 is the k best by (key, then lower position first), whatever the number of ranks.
 
-Where few of many are wanted, a sample of the keys first tells about where the k-th lies, and only what is not
-clearly below is looked at again. The sample decides how long it takes, never what is chosen: as long as k keys
-reach the floor that it sets, the k-th does, and where they don't, all keys are gone through.
+Where few of many are wanted, a sample of the keys first tells about where the k-th lies, and only what is
+not clearly below is looked at again. The sample decides how long it takes, never what is chosen: as long as
+k keys reach the floor that it sets, the k-th does, and where they don't, all keys are gone through.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Keys: TypeAlias = torch.Tensor | KeysOnDemand
 _BLOCK_ON_CPU = 1 << 18
 _BLOCK_ELSEWHERE = 1 << 26
 _SAMPLE_EVERY = 61  # a prime, so that a sample meets every column of a weight
-_SAMPLE_DIGIT = (21, 10)  # its digit: the exponent and two bits behind it
+SAMPLE_DIGIT = (21, 10)  # its digit: the exponent and two bits behind it
 
 
 def select(
@@ -104,9 +104,9 @@ def _cuts(
 
 
 def _floors(keys: Sequence[Keys], group: list[int], k: list[int], ranks: Ranks) -> list[int]:
-    """For each group a key that k keys probably reach, and few more. One small sum; the same on every rank."""
+    """For each group a key that k keys probably reach, and few more; the same on every rank. One small sum."""
     device = keys[0].device
-    shift, bits = _SAMPLE_DIGIT
+    shift, bits = SAMPLE_DIGIT
     counts = torch.zeros(len(k), 1 << bits, dtype=torch.int64, device=device)
     for g, shard in zip(group, keys, strict=True):
         sample = _at(shard, slice(0, _numel(shard), _SAMPLE_EVERY))

@@ -13,7 +13,7 @@ import torch
 
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.sparse.shard import shard_range
-from seft_ds.sparse.slot_grad import dense_parts, rows_a_piece
+from seft_ds.sparse.slot_grad import dense_parts, parts_of_product, rows_a_piece
 
 
 class Window:
@@ -24,13 +24,23 @@ class Window:
         self._ranges = [shard_range(numel, r, ranks.size, multiple) for r in range(ranks.size)]
         lo, hi = self._ranges[ranks.rank]
         self._lo = lo
-        self._step = torch.zeros(hi - lo, dtype=torch.float32, device=device)  # g, still adding up
+        self._step = torch.empty(hi - lo, dtype=torch.float32, device=device)  # g, still adding up
+        self._begun = False  # whether anything of this step is in it
         self.G = torch.zeros_like(self._step)
         self.Q = torch.zeros_like(self._step)
         self.steps = 0
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor, ends: Sequence[int] | None = None) -> None:
-        """Add one micro-batch's gradient dyᵀx. dy: (tokens, out); x: (tokens, in).
+    uses_product = True
+
+    def add(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        ends: Sequence[int] | None = None,
+        product: torch.Tensor | None = None,
+    ) -> None:
+        """Add one micro-batch's gradient dyᵀx. dy: (tokens, out); x: (tokens, in); product: dyᵀx, if it is
+        there already.
 
         A collective, called inside backward: every rank must run the same graph. In pieces of bounded size,
         each with some rows of every owner, so that one sum serves them all whatever the number of ranks. How
@@ -41,17 +51,26 @@ class Window:
         longest = max(hi - lo for lo, hi in self._ranges)
         for begin in range(0, longest, length):
             parts = [(min(lo + begin, hi), min(lo + begin + length, hi)) for lo, hi in self._ranges]
-            mine = self._ranks.sum_scatter(dense_parts(dy, x, parts, ends))
+            rows = (
+                dense_parts(dy, x, parts, ends)
+                if product is None
+                else parts_of_product(product, parts)
+            )
+            mine = self._ranks.sum_scatter(rows)
             lo, hi = parts[self._ranks.rank]
-            self._step[lo - self._lo : hi - self._lo] += mine[: hi - lo]
+            into = self._step[lo - self._lo : hi - self._lo]
+            into.add_(mine[: hi - lo]) if self._begun else into.copy_(mine[: hi - lo])
+        self._begun = True
 
     def finish_step(self, scale: float) -> None:
         """Close one optimizer step: g times `scale` is what the optimizer saw."""
+        self.steps += 1
+        if not self._begun:  # no token came this way
+            return
         g = self._step.mul_(scale)
         self.G += g
         self.Q.addcmul_(g, g)
-        self.steps += 1
-        self._step.zero_()
+        self._begun = False
 
     def tensors(self) -> list[torch.Tensor]:
         """What it holds per position: g, G and Q."""
@@ -59,4 +78,4 @@ class Window:
 
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""
-        self._step.zero_()
+        self._begun = False

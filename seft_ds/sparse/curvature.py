@@ -32,7 +32,15 @@ class Curvature:
         self.input = torch.zeros(n_inputs, device=device)  # fp32 (in,), or (experts · in,)
         self.steps = 0
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor, ends: Sequence[int] | None = None) -> None:
+    uses_product = False
+
+    def add(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        ends: Sequence[int] | None = None,
+        product: torch.Tensor | None = None,
+    ) -> None:
         """One micro-batch. dy: (tokens, out); x: (tokens, in); ends: where each expert's tokens end."""
         split = self.output.numel()
         if ends is None:

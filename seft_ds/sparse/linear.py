@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from seft_ds.sparse.slot_grad import slot_gradient
+from seft_ds.sparse.slot_grad import gather_slots, slot_gradient, whole_product
 
 DELTA = "seft_delta"
 POSITION = "seft_position"
@@ -29,10 +29,19 @@ def is_slot_parameter(name: str) -> bool:
 class GradientSink(Protocol):
     """Takes what a weight's dense gradient is made of, while the weight is in a window."""
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor, ends: Sequence[int] | None = None) -> None:
+    uses_product: bool  # whether `add` is quicker with `product`
+
+    def add(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        ends: Sequence[int] | None = None,
+        product: torch.Tensor | None = None,
+    ) -> None:
         """dy: (tokens, out); x: (tokens, in); their product dyᵀx is this micro-batch's gradient.
 
         ends: of a fused weight, where each expert's tokens end (`slot_grad.dense_parts`).
+        product: dyᵀx, (out, in), if it is there already.
         """
         ...
 
@@ -64,14 +73,20 @@ class SlotLinear(torch.autograd.Function):
         x, weight, position = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        d_delta = None
+        d_delta = product = None
         if ctx.needs_input_grad[3]:
             kernel = ctx.kernel(len(flat_x)) if ctx.kernel is not None else None
-            d_delta = slot_gradient(flat_dy, flat_x, position, kernel).to(ctx.delta_dtype)
+            if any(sink.uses_product for sink in ctx.sinks):
+                product = whole_product(flat_dy, flat_x, position.numel(), kernel)
+            if product is None:
+                gradient = slot_gradient(flat_dy, flat_x, position, kernel)
+            else:
+                gradient = gather_slots(product, position)
+            d_delta = gradient.to(ctx.delta_dtype)
             if ctx.not_finite is not None:  # no host sync here: the flag is read once a step
                 ctx.not_finite.logical_or_(~d_delta.isfinite().all())
         for sink in ctx.sinks:
-            sink.add(flat_dy, flat_x)
+            sink.add(flat_dy, flat_x, None, product)
         return dx, None, None, d_delta, None, None, None, None
 
 

@@ -39,9 +39,25 @@ def slot_gradient(
     dy: (tokens, out); x: (tokens, in); position: (K,) int, flat positions row·in + col, any order.
     kernel: one of `available`; None: `by_rule`.
     """
-    if kernel is None:
-        kernel = by_rule(dy.dtype, dy.device, position.numel(), dy.shape[1] * x.shape[1])
-    return KERNELS[kernel](dy, x, position)
+    return KERNELS[kernel or _ruled(dy, x, position.numel())](dy, x, position)
+
+
+def _ruled(dy: torch.Tensor, x: torch.Tensor, slots: int) -> str:
+    return by_rule(dy.dtype, dy.device, slots, dy.shape[1] * x.shape[1])
+
+
+def whole_product(
+    dy: torch.Tensor, x: torch.Tensor, slots: int, kernel: str | None
+) -> torch.Tensor | None:
+    """dyᵀx, (out, in), if `slot_gradient` would form just that: what a window needs of it as well then has it
+    for nothing, and the slots' gradients are the same to the bit. None otherwise."""
+    fits = dy.shape[1] * x.shape[1] <= _BLOCK_ENTRIES
+    return dy.t() @ x if fits and (kernel or _ruled(dy, x, slots)) == "dense" else None
+
+
+def gather_slots(product: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """fp32 (K,): the entries of dyᵀx (out, in) at the flat positions (K,)."""
+    return product.view(-1)[position.long()].float()
 
 
 def available(device: torch.device) -> list[str]:
@@ -71,9 +87,8 @@ def sampled(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor) -> torch.
 def dense_then_gather(dy: torch.Tensor, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """`slot_gradient` by dense row blocks of bounded size."""
     in_features = x.shape[1]
-    numel = dy.shape[1] * in_features
-    if numel <= _BLOCK_ENTRIES:
-        return (dy.t() @ x).view(-1)[position.long()].float()
+    if dy.shape[1] * in_features <= _BLOCK_ENTRIES:
+        return gather_slots(dy.t() @ x, position)
     ordered, order = position.long().sort()
     rows = max(1, _BLOCK_ENTRIES // in_features)
     starts = torch.arange(0, dy.shape[1] + rows, rows, device=ordered.device)
@@ -132,10 +147,23 @@ def dense_parts(
     rows = starts[:, None] + torch.arange(count, device=dy.device)
     chosen = dy.index_select(1, rows.clamp_(max=dy.shape[1] - 1).view(-1))
     blocks = (chosen.t() @ x).view(len(parts), count * columns)
-    result = torch.zeros(len(parts), max(hi - lo for lo, hi in parts), device=dy.device)
-    for block, into, row, (lo, hi) in zip(blocks, result, first, parts, strict=True):
-        into[: hi - lo] = block[lo - row * columns : hi - row * columns]
-    return result
+    within = [(lo - r * columns, hi - r * columns) for r, (lo, hi) in zip(first, parts)]
+    return _padded([block[lo:hi] for block, (lo, hi) in zip(blocks, within, strict=True)])
+
+
+def parts_of_product(product: torch.Tensor, parts: list[tuple[int, int]]) -> torch.Tensor:
+    """What `dense_parts` gives, from dyᵀx (out, in)."""
+    return _padded([product.view(-1)[lo:hi] for lo, hi in parts])
+
+
+def _padded(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """fp32 (pieces, longest): 1-D pieces as rows, 0 beyond."""
+    longest = max(piece.numel() for piece in pieces)
+    rows = torch.empty(len(pieces), longest, dtype=torch.float32, device=pieces[0].device)
+    for row, piece in zip(rows, pieces, strict=True):
+        row[: piece.numel()] = piece
+        row[piece.numel() :] = 0.0
+    return rows
 
 
 def _expert_rows(

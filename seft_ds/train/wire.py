@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from seft_ds.config import SeftConfig
+from seft_ds.distributed import selection
 from seft_ds.memory import Setup
 from seft_ds.schedule import resolve_interval
 from seft_ds.sparse import radix
@@ -80,6 +81,8 @@ def _event(target: Target, config: SeftConfig) -> float:
     # Drop, grow and adapt; with `revert` also who dies. An all-reduce sends its payload twice.
     selections = 3 + (config.release == "revert")
     counts = selections * target.n_parts * sum(8 << bits for _, bits in radix.DIGITS)
+    # Of the keys of growing and pruning a sample goes first.
+    counts += 2 * target.n_parts * (8 << selection.SAMPLE_DIGIT[1])
     # On average over a cosine from drop_fraction to 0, half of it; 4 int64, 3 fp32 and 3 flags a slot.
     lists = config.drop_fraction / 2 * target.n_slots * (4 * 8 + 3 * 4 + 3)
     return 2 * counts + lists

@@ -105,4 +105,6 @@ def test_nothing_that_a_slot_holds_is_pruned_and_counts_stay() -> None:
     moved = sum(c.revived.numel() for c in changes)
     assert moved == sum(c.pruned.numel() for c in changes) == paying[0] > 0
     for s, c in zip(stakes, changes, strict=True):
-        assert not held(s)[c.pruned].any() and s.live[c.pruned].all() and not s.live[c.revived].any()
+        assert (
+            not held(s)[c.pruned].any() and s.live[c.pruned].all() and not s.live[c.revived].any()
+        )

@@ -68,7 +68,9 @@ def sorted_choice(keys: list[torch.Tensor], k: int) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("kind", ["spread", "ties", "equal", "lying sample", "hidden from the sample"])
+@pytest.mark.parametrize(
+    "kind", ["spread", "ties", "equal", "lying sample", "hidden from the sample"]
+)
 def test_few_of_many_equal_sorting(size: int, kind: str, monkeypatch) -> None:
     monkeypatch.setattr(selection, "_BLOCK_ON_CPU", 1000)
     lengths, k = [7001, 4, 5003], [60]
@@ -104,7 +106,9 @@ def test_few_of_many_equal_sorting(size: int, kind: str, monkeypatch) -> None:
         return [(c + lo).tolist() for c, (lo, _) in zip(chosen, ranges, strict=True)]
 
     by_rank = run_threads(size, work)
-    assert {(w, p) for lists in by_rank for w in range(3) for p in lists[w]} == sorted_choice(keys, k[0])
+    assert {(w, p) for lists in by_rank for w in range(3) for p in lists[w]} == sorted_choice(
+        keys, k[0]
+    )
     assert all(of == sorted(of) for lists in by_rank for of in lists)
     # Once by the sample, once to compare; again only where the sample misled.
     once_and_a_sample = sum(lengths) * (1 + 1 / selection._SAMPLE_EVERY) + 3 * size

@@ -21,11 +21,16 @@ class Runtime:
 
 
 class Sink:
-    def __init__(self):
+    def __init__(self, uses_product: bool = False):
         self.total = 0.0
+        self.uses_product = uses_product
+        self.products = []
 
-    def add(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+    def add(self, dy: torch.Tensor, x: torch.Tensor, ends=None, product=None) -> None:
+        assert ends is None
         self.total = self.total + dy.t() @ x
+        if product is not None:
+            self.products.append(product)
 
 
 def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, SeftLinear]:
@@ -36,6 +41,20 @@ def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Lin
     ours.weight.requires_grad_(False)
     ours.seft_runtime = Runtime()
     return plain, ours
+
+
+def test_a_window_shares_the_product_of_the_slot_gradients() -> None:
+    gradients = []
+    for sink in (Sink(uses_product=True), Sink()):
+        _, ours = layer(dtype=torch.bfloat16)  # so that the rule says dense
+        ours.seft_runtime.sink = sink
+        torch.manual_seed(1)
+        x = torch.randn(6, 13, dtype=torch.bfloat16, requires_grad=True)
+        ours(x).backward(torch.randn(6, 9, dtype=torch.bfloat16))
+        gradients.append(ours.seft_delta.grad)
+        assert len(sink.products) == 2 * sink.uses_product
+        assert all(torch.equal(p, sink.total / 2) for p in sink.products)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("bias", [True, False])
