@@ -60,6 +60,9 @@ class SeftConfig(BaseModel):
     start: Literal["random_live", "gradient"] = Field(
         "random_live", description="Where slots start; gradient: the first event replaces them all."
     )
+    lr_scale: Literal["input", "none"] = Field(
+        "input", description="Slots on large inputs take shorter steps, or all slots alike."
+    )
     release: Literal["fold", "revert"] = Field(
         "fold", description="A dropped slot keeps its trained value, or goes back to its base."
     )

@@ -49,12 +49,13 @@ METHODS: dict[str, Method] = {
             "start": "gradient",
             "pattern": "none",
             "scope": "layer",
+            "lr_scale": "none",
             **_NO_EXCHANGE,
         },
     ),  # fmt: skip
     "masked_full": Method(
         "every live weight trains, zeros held",
-        {"trainable": "live", "drop_fraction": 0.0, **_NO_EXCHANGE},
+        {"trainable": "live", "drop_fraction": 0.0, "lr_scale": "none", **_NO_EXCHANGE},
     ),
     "lora": Method("LoRA, merged: fills the zeros (arXiv 2106.09685)", adapter="lora"),
     "lora_pruned": Method(

@@ -17,6 +17,7 @@ any number of ranks under any ZeRO stage can read what it needs. For target i (i
     i.slots.position, .slot, .base, .born_dead    the slots on the rank's positions, ascending
     i.window.G, .Q      open window's sums at the rank's positions
     i.curvature.output, .input         (rank 0) sums of an exchange's open window, over all ranks
+    i.rates             (rank 0) factors on the learning rate, by input
     i.delta, i.moment.NAME             fp32 master values and moments of the slots in slot_ranges
     flat.k.absmax.NAME  scales of 8-bit moments, by block of the rank's k-th flat tensor
     i.fresh_slots       (rank 0) slots that the last event placed and no step has moved yet
@@ -42,7 +43,7 @@ from seft_ds.optim.families import FAMILIES
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
 
-FORMAT = "seft_ds-checkpoint-3"
+FORMAT = "seft_ds-checkpoint-4"
 META_NAME = "seft.json"
 ENGINE_NAME = "engine.pt"
 _LATEST_BYTES = 1024
@@ -110,7 +111,7 @@ class OtherMeta(_Plain):
 class CheckpointMeta(_Plain):
     """`seft.json`."""
 
-    format: Literal["seft_ds-checkpoint-3"]
+    format: Literal["seft_ds-checkpoint-4"]
     base: Literal["copy", "reference"]
     step: int = Count
     total_steps: Annotated[int, Field(ge=1, le=_MOST)] | None
@@ -127,6 +128,7 @@ class CheckpointMeta(_Plain):
     optimizer_steps: Annotated[float, Field(ge=0, le=_MOST)] | None
     window_steps: list[Size | None]  # of each target's open window; None: not open
     curvature_steps: list[Size | None]  # likewise of what is measured for an exchange
+    rates: bool  # whether the files hold factors on the learning rate
     target_events: list[int]  # that each target has had
     source_dir: str = Field(max_length=4096)
     config: dict[str, Any]

@@ -44,6 +44,7 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
         _restore_masks(state, pieces, i)
         _restore_window(state, pieces, i, meta.window_steps[i])
         _restore_curvature(state, pieces, i, meta.curvature_steps[i])
+        state.rates = pieces.rates(i).to(state.live_bits.device) if meta.rates else None
         _restore_optimizer(state, pieces, i, meta)
         state.n_events = meta.target_events[i]
     _restore_moments(seft, pieces, meta)

@@ -154,6 +154,10 @@ class Pieces:
         )
         return output, input
 
+    def rates(self, i: int) -> torch.Tensor:
+        """The factors on the learning rate, fp32 (in,)."""
+        return self._tensor(0, f"{i}.rates", torch.float32, self.meta.targets[i].shape[1])
+
     def other(self, k: int, lo: int, hi: int) -> torch.Tensor:
         """The flat values [lo, hi) of the k-th of `meta.others`."""
         other = self.meta.others[k]

@@ -58,6 +58,8 @@ def save_state(
             found["fresh_slots"] = state.fresh_slots
         if rank == 0 and (curvature := state.curvature) is not None:  # the same on every rank
             found |= {"curvature.output": curvature.output, "curvature.input": curvature.input}
+        if rank == 0 and state.rates is not None:  # likewise
+            found["rates"] = state.rates
         tensors |= {f"{i}.{name}": tensor for name, tensor in found.items()}
     tensors |= _block_scales(seft)
     layouts = seft.ranks.gather_object(flat_layout(seft))
@@ -183,7 +185,7 @@ def _meta(
 ) -> CheckpointMeta:
     steps = [x for s in seft.states if (x := s.slot_shard.steps()) is not None]
     return CheckpointMeta(
-        format="seft_ds-checkpoint-3",
+        format="seft_ds-checkpoint-4",
         base=base,  # type: ignore[arg-type]
         step=seft.step,
         total_steps=seft.schedule.total_steps if seft.schedule else None,
@@ -202,6 +204,7 @@ def _meta(
             (steps[0] if steps else float(seft.step - seft.skipped_steps)) if moments else None
         ),
         window_steps=[s.window.steps if s.window is not None else None for s in seft.states],
+        rates=seft.states[0].rates is not None,
         curvature_steps=[
             s.curvature.steps if s.curvature is not None else None for s in seft.states
         ],

@@ -27,9 +27,12 @@ class Curvature:
 
     def __init__(self, out_features: int, in_features: int, device: torch.device, experts: int = 0):
         n_inputs = in_features * max(1, experts)
-        self.step_sums = torch.zeros(out_features + n_inputs, device=device)
+        self._in_features = in_features
+        # Outputs, inputs, and behind them the number of rows of x.
+        self.step_sums = torch.zeros(out_features + n_inputs + 1, device=device)
         self.output = torch.zeros(out_features, device=device)  # fp32 (out,)
         self.input = torch.zeros(n_inputs, device=device)  # fp32 (in,), or (experts · in,)
+        self.rows = torch.zeros((), device=device)
         self.steps = 0
 
     uses_product = False
@@ -43,12 +46,13 @@ class Curvature:
     ) -> None:
         """One micro-batch. dy: (tokens, out); x: (tokens, in); ends: where each expert's tokens end."""
         split = self.output.numel()
+        self.step_sums[-1] += len(x)
         if ends is None:
             self.step_sums[:split] += _sum_of_squares(dy)
-            self.step_sums[split:] += _sum_of_squares(x)
+            self.step_sums[split:-1] += _sum_of_squares(x)
             return
         output = self.step_sums[:split].view(len(ends), -1)
-        input = self.step_sums[split:].view(len(ends), -1)
+        input = self.step_sums[split:-1].view(len(ends), -1)
         begin = 0
         for expert, end in enumerate(ends):
             if end > begin:
@@ -60,9 +64,14 @@ class Curvature:
         """Close one optimizer step, whose sums hold those of all ranks by now."""
         split = self.output.numel()
         self.output += self.step_sums[:split]
-        self.input += self.step_sums[split:]
+        self.input += self.step_sums[split:-1]
+        self.rows += self.step_sums[-1]
         self.steps += 1
         self.step_sums.zero_()
+
+    def mean_square_inputs(self) -> torch.Tensor:
+        """fp32 (in,): mean of x² over the rows of all steps, and of all experts alike."""
+        return self.input.view(-1, self._in_features).sum(0) / self.rows.clamp(min=1)
 
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""

@@ -34,7 +34,8 @@ from seft_ds.zero.dense_model import DenseModel
 from seft_ds.zero.exchanges import Exchanges
 from seft_ds.zero.guard import StepGuard, describe_batches
 from seft_ds.zero.invariants import check_invariants
-from seft_ds.zero.weight_state import WeightState
+from seft_ds.zero.slot_rates import SlotRates
+from seft_ds.zero.weight_state import WeightState, finish_curvature
 
 _GATHER_SLOTS = 1 << 24  # slots whose deltas are gathered at a time: bounds the transient memory
 
@@ -64,6 +65,7 @@ class SparseEvolution:
             config.adapt,
         )  # fmt: skip
         self.exchanges = Exchanges(self.states, dense, config.scope, ranks)
+        self.rates = SlotRates(self.states, ranks, config.lr_scale == "input")
         self.step = 0  # optimizer steps taken
         self.schedule: Schedule | None = None
         self.resumed_total_steps: int | None = None  # of the run that a checkpoint continues
@@ -136,6 +138,7 @@ class SparseEvolution:
         wants_stop = self.stop_request is not None and self.stop_request.requested
         bad, stop = self.guard.agree(wants_stop)
         self.stopping = stop
+        self.rates.before_step()
         return not bad
 
     def fp32_norm(self) -> float | None:
@@ -153,11 +156,13 @@ class SparseEvolution:
         scale = optimizer_state.gradient_scale(self.engine, fp32_norm) if applied else None
         assert self.schedule is not None
         due = self.schedule.due(self.step)
+        finish_curvature(self.states, applied, self.ranks)
+        self.rates.measure(applied)
+        self.rates.scale()
         deltas = self._write_through(set(due), learning_rate, applied) if applied or due else {}
         for state in self.states:
             if state.window is not None:
                 state.window.discard_step() if scale is None else state.window.finish_step(scale)
-        self.exchanges.finish_step(applied)
         self._evolve(due, deltas)
         rate = self.schedule.exchange_rate(self.step)
         if rate is not None and (record := self.exchanges.run(rate)) is not None:
@@ -192,12 +197,18 @@ class SparseEvolution:
         )
 
     def _open_windows(self) -> None:
+        """Measure in the next step what has to be, and nothing else."""
         assert self.schedule is not None
         for i, state in enumerate(self.states):
             if self.schedule.in_window(i, self.step + 1):
                 state.begin_window()
-        if self.schedule.in_exchange_window(self.step + 1):
-            self.exchanges.open()
+        weighed = self.exchanges.states if self.schedule.in_exchange_window(self.step + 1) else []
+        measured = {id(s) for s in (self.states if self.rates.missing else weighed)}
+        for state in self.states:
+            if id(state) in measured:
+                state.begin_curvature()
+            else:
+                state.curvature = None
 
     # Deltas into weights.
 

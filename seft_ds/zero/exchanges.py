@@ -21,7 +21,7 @@ from seft_ds.zero.weight_state import WeightState
 
 
 class Exchanges:
-    """Every method but `open` is a collective. Without a dense model nothing happens."""
+    """Without a dense model nothing happens."""
 
     def __init__(
         self, states: list[WeightState], dense: DenseModel | None, scope: str, ranks: Ranks
@@ -29,26 +29,6 @@ class Exchanges:
         self.states = [s for s in states if dense is not None and s.target.pattern is None]
         self._dense, self._ranks = dense, ranks
         self._group = _groups(self.states, scope)  # of each part of each weight
-
-    def open(self) -> None:
-        """Measure from the next step on."""
-        for state in self.states:
-            state.begin_curvature()
-
-    def finish_step(self, applied: bool) -> None:
-        """Close the step where it is measured: one sum over the ranks, of two vectors a weight."""
-        measured = [c for s in self.states if (c := s.curvature) is not None]
-        if not measured:
-            return
-        if not applied:
-            for curvature in measured:
-                curvature.discard_step()
-            return
-        sums = self._ranks.sum_(torch.cat([c.step_sums for c in measured]))
-        parts = sums.split([c.step_sums.numel() for c in measured])
-        for curvature, part in zip(measured, parts, strict=True):
-            curvature.step_sums.copy_(part)
-            curvature.finish_step()
 
     def run(self, rate: float) -> dict[str, Any] | None:
         """Exchange up to `rate` of all positions; the journal's record, or None: nothing was measured."""

@@ -72,6 +72,7 @@ class WeightState:
         self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
         self.window: Window | None = None
         self.curvature: Curvature | None = None
+        self.rates: torch.Tensor | None = None  # fp32 (in,): on the learning rate, by input
         self.n_events = 0
         # Moments of fresh slots beyond what their 8-bit block holds, so far, of the slots optimized here.
         self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
@@ -286,3 +287,19 @@ class WeightState:
         mine = (change.released_slot >= lo) & (change.released_slot < lo + values.numel())
         at = (change.released_slot[mine] - lo).to(values.device)
         values[at] = change.fresh[mine].to(values)
+
+
+def finish_curvature(states: list[WeightState], applied: bool, ranks: Ranks) -> None:
+    """Close the step of the weights that are measured: one sum over the ranks, of two vectors a weight."""
+    measured = [c for s in states if (c := s.curvature) is not None]
+    if not measured:
+        return
+    if not applied:
+        for curvature in measured:
+            curvature.discard_step()
+        return
+    sums = ranks.sum_(torch.cat([c.step_sums for c in measured]))
+    parts = sums.split([c.step_sums.numel() for c in measured])
+    for curvature, part in zip(measured, parts, strict=True):
+        curvature.step_sums.copy_(part)
+        curvature.finish_step()
