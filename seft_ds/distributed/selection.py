@@ -104,7 +104,7 @@ def _cuts(
 
 
 def _floors(keys: Sequence[Keys], group: list[int], k: list[int], ranks: Ranks) -> list[int]:
-    """For each group a key that k keys probably reach, and few more; the same on every rank. One small sum."""
+    """For each group a key that k keys probably reach, and few more, on every rank the same. A small sum."""
     device = keys[0].device
     shift, bits = SAMPLE_DIGIT
     counts = torch.zeros(len(k), 1 << bits, dtype=torch.int64, device=device)

@@ -1,14 +1,14 @@
 """Learning rates of slots by the size of their inputs.
 
-Adam moves every slot by about one learning rate, whatever its gradient's size. What a move does to the output is
-its length times the input, and inputs differ: between the features of one layer, and more between layers. So
-slots on large inputs take shorter steps, and those on small inputs longer ones:
+Adam moves every slot by about one learning rate, whatever its gradient's size. What a move does to the
+output is its length times the input, and inputs differ: between the features of one layer, and more between
+layers. So slots on large inputs take shorter steps, and those on small inputs longer ones:
 
     rate of a slot on input j = learning rate · (r_j / r)^-POWER
 
 r_j: root mean square of the input; r: geometric mean of r_j over all slots, as if a weight's slots lay evenly
-over its columns, so that the learning rate keeps its meaning. Between no correction (0) and moving all outputs
-alike (1) results hardly differ from 1/2 on (docs/results.md).
+over its columns, so that the learning rate keeps its meaning. Between no correction (0) and moving all
+outputs alike (1) results hardly differ from 1/2 on (docs/results.md).
 """
 
 from __future__ import annotations
