@@ -47,6 +47,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="in a turn")
+    parser.add_argument(
+        "--warm_turns", type=int, default=1,
+        help="not measured, before the others: with at least an interval of steps events come evenly",
+    )  # fmt: skip
     parser.add_argument("--interval", type=int, default=40, help="of SEFT's events")
     parser.add_argument("--output", help="write the table to this file too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -116,7 +120,7 @@ def work(options: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print is no answer
     before = peak_bytes()
-    engine = make_engine(options, (options.turns + 1) * options.steps)
+    engine = make_engine(options, (options.turns + options.warm_turns) * options.steps)
     size = (options.batch, options.length)
     rows = torch.randint(0, engine.module.config.vocab_size, size, device=engine.device)
 
@@ -179,14 +183,14 @@ def ask(worker: subprocess.Popen, method: str) -> dict[str, Any]:
 def take_turns(
     methods: list[str], options: argparse.Namespace, argv: list[str], say: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every method's answers, turn by turn; a first turn warms up and is not among them."""
+    """Every method's answers, turn by turn; those of the first turns, which warm up, are not among them."""
     workers = {method: start(method, argv) for method in methods}
     turns: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     try:
-        for number in range(options.turns + 1):
+        for number in range(1 - options.warm_turns, options.turns + 1):
             for method, worker in workers.items():
                 answer = ask(worker, method)
-                if number:
+                if number > 0:
                     turns[method].append(answer)
             say(f"turn {number} of {options.turns}")
     finally:
