@@ -27,7 +27,7 @@ class Shard:
     # The slots that lie in this shard, by ascending position.
     position: torch.Tensor  # (s,) int64
     slot: torch.Tensor  # (s,) int64, index into the weight's delta vector
-    delta: torch.Tensor  # (s,) fp32
+    delta: torch.Tensor  # (s,) fp32, in units of the slot's own steps
     base: torch.Tensor  # (s,) what the weight goes back to on `revert`
     born_dead: torch.Tensor  # (s,) bool: the position was dead when the slot was placed
     # The same on every rank.

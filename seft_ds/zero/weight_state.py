@@ -160,13 +160,19 @@ class WeightState:
         return torch.stack([flags[a - lo : b - lo].count_nonzero() for a, b in ranges])
 
     def views(self, delta: torch.Tensor, seed: int) -> list[Shard]:
-        """This rank's view of each part for an event. delta: fp32 (K,). A collective for N:M."""
+        """This rank's view of each part for an event. delta: fp32 (K,). A collective for N:M.
+
+        Slots that take shorter steps stay smaller: their deltas are compared in units of their own steps.
+        """
         assert self.window is not None and self.window.steps > 0
         lo, weight = shards.owned(self.weight, self.multiple, self.ranks)
         weight, live = weight.to(self.live_bits.device), self.live()
         ranges = self.target.part_ranges(lo, lo + weight.numel())
         borders = torch.tensor([lo, *(end for _, end in ranges)], device=self.slots.position.device)
         rows_of = torch.searchsorted(self.slots.position, borders).tolist()
+        moved = delta[self.slots.slot]
+        if self.rates is not None:
+            moved /= self.rates[self.slots.position % self.target.shape[1]]
         views = []
         for p, ((begin, end), n_slots) in enumerate(
             zip(ranges, self.target.slots_by_part, strict=True)
@@ -181,7 +187,7 @@ class WeightState:
                 Q=self.window.Q[here],
                 position=self.slots.position[rows],
                 slot=self.slots.slot[rows],
-                delta=delta[self.slots.slot[rows]],
+                delta=moved[rows],
                 base=self.slots.base[rows],
                 born_dead=self.slots.born_dead[rows],
                 n_slots=n_slots,
