@@ -117,6 +117,7 @@ def share_of(shape: tuple[int, int], density: float, ranks: SilentRanks) -> Weig
     )
     state.slot_shard = SimpleNamespace(lo=0, hi=0, master=torch.empty(0))  # type: ignore[assignment]
     state.n_events = 0
+    state.rates = None
     open_window(state, generator)
     return state
 

@@ -300,7 +300,7 @@ def _random_live(
                 keys.append(key[begin - lo : end - lo])
                 begins.append(begin)
             counts += target.slots_by_part
-        chosen = select(keys, list(range(len(keys))), counts, ranks)
+        chosen = select(keys, list(range(len(keys))), counts, ranks, few=True)
         lists = gather_lists([b + c for b, c in zip(begins, chosen, strict=True)], ranks)
         ends = itertools.accumulate(t.n_parts for t in targets[first:stop])
         positions += [

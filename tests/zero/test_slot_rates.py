@@ -85,3 +85,17 @@ def compare() -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_updates_are_scaled_by_the_inputs_of_the_first_step(size: int) -> None:
     run_processes(size, compare)
+
+
+def test_slots_drop_by_deltas_in_units_of_their_own_steps() -> None:
+    from benchmarks.scale import SilentRanks, share_of
+
+    state = share_of((16, 12), 0.2, SilentRanks(0, 1))
+    delta = torch.randn(state.target.n_slots)
+    kept = delta.clone()
+    [plain] = state.views(delta, 0)
+    assert torch.equal(plain.delta, delta[plain.slot])
+    state.rates = torch.rand(12) + 0.5
+    [view] = state.views(delta, 0)
+    torch.testing.assert_close(view.delta, plain.delta / state.rates[view.position % 12])
+    assert torch.equal(delta, kept)
