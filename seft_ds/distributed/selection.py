@@ -155,7 +155,6 @@ def _with_digit(keys: Keys, shift: int, bits: int, wanted: torch.Tensor) -> torc
     """The keys (m,) that may be chosen and have this digit."""
     found = []
     for _, block in _blocks(keys):
-        # A key that may not be chosen is negative: what is left of it after the shift is no digit.
         same = radix.digit(block, shift, bits) == wanted
         found.append(block[same & (block >= 0)])
     return torch.cat(found)
