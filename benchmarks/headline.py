@@ -3,8 +3,8 @@
     python benchmarks/headline.py
 
 reads docs/results/repair.csv and repair.md, which repair.py writes of the grid smollm2_cpu.yaml (`--csv
---table --figure`), and pruners.md, of smollm2_pruners.yaml, and fills the blocks of both pages. A test
-compares the pages with what this would write.
+--table --figure`), and pruners.md and commonsense.md, of the grids of these names, and fills the blocks of
+both pages. A test compares the pages with what this would write.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ WHAT = {
     "sqft": "SQFT (SparsePEFT)",
 }
 TEXT = "wikitext2"
+OTHERS = ("pruners", "commonsense")  # tables as they are
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,15 +47,14 @@ def blocks() -> list[tuple[Path, str, str]]:
     """(page, block, what stands in it)."""
     with open(RESULTS / "repair.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    full, pruners = (
-        (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
-        for name in ("repair", "pruners")
+    full, *others = (
+        (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip() for name in ("repair", *OTHERS)
     )
     figure = "![perplexity by method]({}repair.png)"
     return [
         (ROOT / "README.md", "repair", headline(rows) + "\n\n" + figure.format("docs/results/")),
         (ROOT / "docs/results.md", "repair", full + "\n\n" + figure.format("results/")),
-        (ROOT / "docs/results.md", "pruners", pruners),
+        *((ROOT / "docs/results.md", name, text) for name, text in zip(OTHERS, others, strict=True)),
     ]
 
 
