@@ -54,7 +54,10 @@ def blocks() -> list[tuple[Path, str, str]]:
     return [
         (ROOT / "README.md", "repair", headline(rows) + "\n\n" + figure.format("docs/results/")),
         (ROOT / "docs/results.md", "repair", full + "\n\n" + figure.format("results/")),
-        *((ROOT / "docs/results.md", name, text) for name, text in zip(OTHERS, others, strict=True)),
+        *(
+            (ROOT / "docs/results.md", name, text)
+            for name, text in zip(OTHERS, others, strict=True)
+        ),
     ]
 
 

@@ -115,8 +115,8 @@ def _values_fit(pieces: Pieces, i: int) -> bool:
         values |= {name: pieces.window(i, name, 0, n) for name in ("G", "Q")}
     if meta.curvature_steps[i] is not None:
         values |= dict(zip(("output", "input"), pieces.curvature(i), strict=True))
-    if meta.rates:
-        values["rates"] = pieces.rates(i)
+    if meta.rates and not bool((pieces.rates(i) > 0).all()):
+        return False
     squares = (f"moment.{SQUARE}", f"moment.{TOTAL}", "Q", "output", "input")
     return all(
         bool((x >= 0).all() if name in squares else x.isfinite().all())

@@ -45,6 +45,9 @@ def load_state(seft: SparseEvolution, directory: Path, meta: CheckpointMeta) -> 
         _restore_window(state, pieces, i, meta.window_steps[i])
         _restore_curvature(state, pieces, i, meta.curvature_steps[i])
         state.rates = pieces.rates(i).to(state.live_bits.device) if meta.rates else None
+        if state.fresh_slots is not None:
+            positions = pieces.slot_positions(i).to(state.fresh_slots.device)
+            state.fresh_rates = state.rates_at(positions[state.fresh_slots])
         _restore_optimizer(state, pieces, i, meta)
         state.n_events = meta.target_events[i]
     _restore_moments(seft, pieces, meta)

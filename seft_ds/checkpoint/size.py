@@ -16,6 +16,7 @@ def checkpoint_bytes(
     touched_share: float,
     open_share: float,
     moments: int = 2,
+    rates: bool = True,
 ) -> dict[str, int]:
     """Bytes of the tensors in all rank files together; headers and `seft.json` are left out.
 
@@ -27,6 +28,7 @@ def checkpoint_bytes(
             the run began.
         open_share: of the target weights' entries, those whose window is open: about window / interval.
         moments: what the optimizer keeps per slot (2 for Adam).
+        rates: with `lr_scale: input`.
     """
     entries = sum(t.numel for t in targets)
     mask_bytes = sum(-(-t.numel // 8) for t in targets)
@@ -41,5 +43,6 @@ def checkpoint_bytes(
         t.n_slots * (2 * index_dtype(t.numel).itemsize + weight_bytes + _FLAG) for t in targets
     )
     parts["deltas and moments"] = sum(t.n_slots for t in targets) * _FP32 * (1 + moments)
+    parts["learning rates"] = sum(t.shape[1] for t in targets) * _FP32 * rates
     parts["open windows"] = round(entries * open_share) * 2 * _FP32
     return parts

@@ -7,7 +7,8 @@
             state could not hold), seconds, bytes
     exchange step, exchanged, most, paying, targets (name: revived, pruned, live, changed), seconds, bytes
     skipped step, in_a_row, batches: a loss or gradient was not finite
-    fresh   step, largest_update, by_target, learning_rate: the step after an event, fresh slots only
+    fresh   step, largest_update, by_target, learning_rate: the step after an event, fresh slots only; updates
+            over the factors of lr_scale
     eval    step, name, value
     memory  step, planned, measured (bytes by part, of rank 0), peak_bytes, peak_of: when training ended
     deltas  step, targets (name: rms, largest) of the slots held when training ended

@@ -270,11 +270,8 @@ class SparseEvolution:
             for i, delta in zip(bucket, self.gather_deltas(bucket), strict=True):
                 state = self.states[i]
                 state.write_through(delta)
-                if applied and state.fresh_slots is not None:
-                    # Fresh slots started at 0, so their value after one step is their update.
-                    if state.fresh_slots.numel():
-                        updates[state.target.name] = float(delta[state.fresh_slots].abs().max())
-                    state.fresh_slots = None
+                if applied and (largest := state.largest_fresh_update(delta)) is not None:
+                    updates[state.target.name] = largest
                 if i in due:
                     kept[i] = delta
         if updates:

@@ -41,7 +41,7 @@ class SlotRates:
         for state, before in zip(self._states, self._before):
             if state.rates is not None and before.numel():
                 master = state.slot_shard.master
-                update = (master - before).mul_(self._of_slots(state).to(master.device))
+                update = (master - before).mul_(self._of(state).to(master.device))
                 torch.add(before, update, out=master)
         self._before = []
 
@@ -50,8 +50,8 @@ class SlotRates:
         """Whether the next step has to be measured."""
         return self._wanted and self._states[0].rates is None
 
-    def _of_slots(self, state: WeightState) -> torch.Tensor:
-        """fp32 (slots optimized here,)."""
+    def _of(self, state: WeightState) -> torch.Tensor:
+        """fp32: of the slots that this rank optimizes."""
         assert state.rates is not None
         lo, position = shards.held(state.position, self._ranks)
         part = state.slot_shard

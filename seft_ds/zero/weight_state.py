@@ -77,6 +77,7 @@ class WeightState:
         # Moments of fresh slots beyond what their 8-bit block holds, so far, of the slots optimized here.
         self.cut_moments = torch.zeros((), dtype=torch.int64, device=engine.device)
         self.fresh_slots: torch.Tensor | None = None  # placed by the last event, not stepped yet
+        self.fresh_rates: torch.Tensor | None = None  # theirs, if there are any
         self.not_finite = torch.zeros((), dtype=torch.bool, device=engine.device)  # by backward
         n = max(1, self.target.experts)  # of fused experts one at a time
         shape = (self.target.shape[0] // n, self.target.shape[1])
@@ -131,6 +132,20 @@ class WeightState:
                 *self.target.shape, self.live_bits.device, self.target.experts
             )
 
+    def rates_at(self, position: torch.Tensor) -> torch.Tensor | None:
+        """fp32 (k,): the factors on the learning rate of slots at `position` (k,); None: all are 1."""
+        return None if self.rates is None else self.rates[position % self.target.shape[1]]
+
+    def largest_fresh_update(self, delta: torch.Tensor) -> float | None:
+        """Of the slots that the last event placed, which started at δ = 0, after their first step, over the
+        factor on the learning rate. delta: fp32 (K,), all slots. None: there are none."""
+        slots, rates = self.fresh_slots, self.fresh_rates
+        self.fresh_slots = self.fresh_rates = None
+        if slots is None or not slots.numel():
+            return None
+        update = delta[slots].abs()
+        return float((update if rates is None else update / rates).max())
+
     def write_through(self, delta: torch.Tensor) -> None:
         """Put base + δ into the weight at this rank's slots. delta: fp32 (K,), all slots."""
         lo, values = shards.held(self.weight, self.ranks)
@@ -170,9 +185,9 @@ class WeightState:
         ranges = self.target.part_ranges(lo, lo + weight.numel())
         borders = torch.tensor([lo, *(end for _, end in ranges)], device=self.slots.position.device)
         rows_of = torch.searchsorted(self.slots.position, borders).tolist()
-        moved = delta[self.slots.slot]
-        if self.rates is not None:
-            moved /= self.rates[self.slots.position % self.target.shape[1]]
+        moved, rates = delta[self.slots.slot], self.rates_at(self.slots.position)
+        if rates is not None:
+            moved /= rates
         views = []
         for p, ((begin, end), n_slots) in enumerate(
             zip(ranges, self.target.slots_by_part, strict=True)
@@ -214,6 +229,7 @@ class WeightState:
         self._move_positions(change)
         self.n_events += 1
         self.fresh_slots = change.released_slot
+        self.fresh_rates = self.rates_at(change.fresh)
         self.window = None
 
     def stakes(self, dense: DenseModel) -> list[Stakes]:

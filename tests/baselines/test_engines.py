@@ -33,7 +33,7 @@ def config(stage: int) -> dict[str, Any]:
             "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0},
         },
         "steps_per_print": 10**9,
-        "seft": {"total_steps": STEPS, "drop_fraction": 0, "trainable": "live"},
+        "seft": {"total_steps": STEPS, "drop_fraction": 0, "trainable": "live", "lr_scale": "none"},
     }
 
 
