@@ -46,7 +46,10 @@ def make_engine(folder: str, name: str, interval: int, steps: int) -> Any:
         "zero_optimization": {"stage": 3},
         "optimizer": {"type": name, "params": params},
         "steps_per_print": 10**9,
-        "seft": {"interval": interval, "window": 5, "drop_fraction": 0.2, "total_steps": steps, "stop": 1.0, "lr_scale": "none"},
+        "seft": {
+            "interval": interval, "window": 5, "drop_fraction": 0.2, "total_steps": steps, "stop": 1.0,
+            "lr_scale": "none",
+        },
     }  # fmt: skip
     return seft_ds.initialize(model=model, config=settings)[0]
 
