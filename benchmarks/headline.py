@@ -3,7 +3,7 @@
     python benchmarks/headline.py
 
 reads docs/results/repair.csv and repair.md, which repair.py writes of the grid smollm2_cpu.yaml (`--csv
---table --figure`), and pruners.md and commonsense.md, of the grids of these names, and fills the blocks of
+--table --figure`), and pruners.md, commonsense.md and ablations.md, of the grids of these names, and fills the blocks of
 both pages. A test compares the pages with what this would write.
 """
 
@@ -33,7 +33,7 @@ WHAT = {
     "sqft": "SQFT (SparsePEFT)",
 }
 TEXT = "wikitext2"
-OTHERS = ("pruners", "commonsense")  # tables as they are
+OTHERS = ("pruners", "commonsense", "ablations")  # tables as they are
 
 
 def main(argv: list[str] | None = None) -> None:
