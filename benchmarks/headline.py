@@ -3,8 +3,8 @@
     python benchmarks/headline.py
 
 reads docs/results/repair.csv and repair.md, which repair.py writes of the grid smollm2_cpu.yaml (`--csv
---table --figure`), and pruners.md, commonsense.md and ablations.md, of the grids of these names, and fills the blocks of
-both pages. A test compares the pages with what this would write.
+--table --figure`), and pruners.md, commonsense.md and ablations.md, of the grids of these names, and fills
+the blocks of both pages. A test compares the pages with what this would write.
 """
 
 from __future__ import annotations
