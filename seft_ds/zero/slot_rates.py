@@ -18,9 +18,8 @@ class SlotRates:
 
     def __init__(self, states: list[WeightState], ranks: Ranks, wanted: bool):
         self._states, self._ranks, self._wanted = states, ranks, wanted
-        self._before: list[
-            torch.Tensor
-        ] = []  # the deltas that this rank optimizes, as the step finds them
+        # The deltas that this rank optimizes, as the step finds them.
+        self._before: list[torch.Tensor] = []
 
     def before_step(self) -> None:
         if self._wanted:
@@ -39,10 +38,10 @@ class SlotRates:
     def scale(self) -> None:
         """Turn the update that the optimizer made into the one that each slot is to take."""
         for state, before in zip(self._states, self._before):
-            if state.rates is not None and before.numel():
+            rates = state.rates_at(self._positions(state))
+            if rates is not None and before.numel():
                 master = state.slot_shard.master
-                update = (master - before).mul_(self._of(state).to(master.device))
-                torch.add(before, update, out=master)
+                torch.add(before, (master - before).mul_(rates.to(master.device)), out=master)
         self._before = []
 
     @property
@@ -50,10 +49,8 @@ class SlotRates:
         """Whether the next step has to be measured."""
         return self._wanted and self._states[0].rates is None
 
-    def _of(self, state: WeightState) -> torch.Tensor:
-        """fp32: of the slots that this rank optimizes."""
-        assert state.rates is not None
+    def _positions(self, state: WeightState) -> torch.Tensor:
+        """int64: of the slots that this rank optimizes."""
         lo, position = shards.held(state.position, self._ranks)
         part = state.slot_shard
-        mine = position[part.lo - lo : part.hi - lo].long().to(state.rates.device)
-        return state.rates[mine % state.target.shape[1]]
+        return position[part.lo - lo : part.hi - lo].long().to(state.live_bits.device)
