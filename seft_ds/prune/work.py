@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.manifest import aside_of, write_bytes, write_tensors
+from seft_ds.checkpoint.verify import RECORD_NAME
 from seft_ds.json_file import read_object
 from seft_ds.prune.choose import Quota
 from seft_ds.sparse import mask
@@ -163,7 +164,7 @@ class Work:
 def is_resumable(output: Path) -> bool:
     """Whether a folder holds a pruning run that was cut off, and nothing that it did not write."""
     folder = output / FOLDER_NAME
-    if not folder.is_dir() or (output / "sparsity.json").is_file():
+    if not folder.is_dir() or (output / RECORD_NAME).is_file():
         return False
     ours = {FOLDER_NAME, aside_of(output / "model").name}  # the model while it is written
     only_ours = {path.name for path in output.iterdir()} <= ours

@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from seft_ds.checkpoint.export import versions
 from seft_ds.checkpoint.parts import naming_of_folder
+from seft_ds.checkpoint.verify import RECORD_NAME
 from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
 from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
@@ -29,7 +30,7 @@ from seft_ds.train.arguments import Arguments, model_dtype, parse
 from seft_ds.train.distill import check_teacher, load_teacher
 from seft_ds.train.evaluating import Measurement, prepare_measurement
 from seft_ds.train.journaling import JournaledRun
-from seft_ds.train.opening import RECORD_NAME, OpenRun, check_output, goes_on, resolved, take_own
+from seft_ds.train.opening import OpenRun, check_output, goes_on, resolved, take_own
 from seft_ds.train.progress import Progress
 from seft_ds.train.resume import check_batch, find_checkpoint
 from seft_ds.train.run_dir import RunLock

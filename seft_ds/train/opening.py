@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from seft_ds.checkpoint.manifest import checkpoints_in, remove_leftovers
+from seft_ds.checkpoint.verify import RECORD_NAME
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.report.journal import JOURNAL_NAME
@@ -26,7 +27,6 @@ from seft_ds.train.run_dir import LOCK_NAME, RunLock, set_aside
 from seft_ds.train.trainer import SparseSFTTrainer
 
 CONFIG_NAME = "resolved_config.yaml"
-RECORD_NAME = "sparsity.json"
 
 
 def take_own(output: Path, arguments: Arguments, lock: RunLock, ranks: ProcessRanks) -> None:

@@ -10,6 +10,7 @@ from seft_ds.api import attach
 from seft_ds.baselines.methods import find_method
 from seft_ds.checkpoint.from_checkpoint import export_checkpoint
 from seft_ds.checkpoint.model import save_model
+from seft_ds.checkpoint.verify import RECORD_NAME
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.distributed.liveness import current_watch
@@ -28,7 +29,7 @@ from seft_ds.train.job import (
     read_data,
     sparsity_line,
 )
-from seft_ds.train.opening import RECORD_NAME, record_facts, run_facts
+from seft_ds.train.opening import record_facts, run_facts
 from seft_ds.train.planning import plan_of_run, table
 from seft_ds.train.progress import hide_bars
 from seft_ds.train.resume import steps_of
