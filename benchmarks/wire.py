@@ -80,7 +80,14 @@ def tiny_model(width: int, layers: int) -> Any:
 
 
 def count(
-    method: str, stage: int, size: int, width: int, layers: int, steps: int, reuse: int = 10**9
+    method: str,
+    stage: int,
+    size: int,
+    width: int,
+    layers: int,
+    steps: int,
+    reuse: int = 10**9,
+    micro_batches: int = 1,
 ) -> dict[str, float]:
     """Bytes a step of this rank, by collective; the first steps warm up ZeRO-3's prefetching."""
     import deepspeed
@@ -94,6 +101,7 @@ def count(
     ranks = init_ranks()
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
         "bf16": {"enabled": True},
         "zero_optimization": {
             "stage": stage,
@@ -117,8 +125,9 @@ def count(
     rows = torch.arange(64)[None] + ranks.rank
 
     def step() -> None:
-        engine.backward(engine(input_ids=rows, labels=rows).loss)
-        engine.step()
+        for _ in range(micro_batches):
+            engine.backward(engine(input_ids=rows, labels=rows).loss)
+            engine.step()
 
     for _ in range(10):  # a whole interval
         step()
@@ -129,7 +138,13 @@ def count(
 
 
 def planned(
-    method: str, stage: int, size: int, width: int, layers: int, reuse: int = 10**9
+    method: str,
+    stage: int,
+    size: int,
+    width: int,
+    layers: int,
+    reuse: int = 10**9,
+    micro_batches: int = 1,
 ) -> float:
     """The planner's figure for the same run."""
     from seft_ds.config import parse_seft
@@ -143,7 +158,9 @@ def planned(
     shapes = shapes_of_model(model, config, 0.6)
     setup = Setup(stage=stage, ranks=size, persistent_below=0, reuse_distance=reuse, prefetched=0)
     trained = {"lora": sum(4 * sum(t.shape) for t in shapes.targets), "full": shapes.numel}
-    parts = wire_bytes(shapes.targets, shapes.others, setup, config, trained.get(method))
+    parts = wire_bytes(
+        shapes.targets, shapes.others, setup, config, trained.get(method), micro_batches
+    )
     return sum(parts.values())
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class PlanArguments:
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps of the run"})
     max_length: int = field(default=2048, metadata={"help": "tokens of a row"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "rows a rank at a time"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches a step"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "keep block inputs only"})
     gpu_memory_gib: float | None = field(default=None, metadata={"help": "what a GPU has"})
     probe: bool = field(
@@ -66,6 +69,7 @@ def check(options: PlanArguments) -> None:
         "max_steps",
         "max_length",
         "per_device_train_batch_size",
+        "gradient_accumulation_steps",
     ):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: wanted at least 1")
@@ -98,7 +102,10 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
     shapes = planning.shapes_of_model(model, config, options.sparsity)
     setup = Setup.from_config(settings, ranks, dtype.itemsize, options.optim, shapes.hidden)
     work = planning.Work(
-        options.per_device_train_batch_size, options.max_length, options.gradient_checkpointing
+        options.per_device_train_batch_size,
+        options.max_length,
+        options.gradient_checkpointing,
+        options.gradient_accumulation_steps,
     )
     result = planning.plan_run(shapes, setup, work, config, options.max_steps)
     slots, trained = sum(t.n_slots for t in shapes.targets), sum(t.numel for t in shapes.targets)
@@ -107,8 +114,12 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
         f"{slots:,} slots; ZeRO-{setup.stage} on {options.nodes} x {options.gpus_per_node} ranks, "
         f"{setup.optimizer}, {options.dtype}\n" + planning.table(result, options.gpus_per_node)
     )
-    sent = wire_bytes(shapes.targets, shapes.others, setup, config, total_steps=options.max_steps)
-    print(wire_table(sent, shapes, setup, config))
+    count = partial(
+        wire_bytes, shapes.targets, shapes.others, setup, config,
+        micro_batches=work.micro_batches, total_steps=options.max_steps,
+    )  # fmt: skip
+    sent = count()
+    print(wire_table(sent, count, shapes))
     took = None
     if options.probe:
         took = probe(model.config, shapes.targets, work, dtype, prepare_device())
@@ -124,14 +135,12 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
     tell_fit(options, result.device_total, ways)
 
 
-def wire_table(sent: dict[str, float], shapes: Any, setup: Any, config: Any) -> str:
+def wire_table(sent: dict[str, float], count: Callable[..., dict], shapes: Any) -> str:
     """What a rank sends a step, beside LoRA of the same budget and full fine-tuning."""
-    from seft_ds.train.wire import wire_bytes
-
     parts = ", ".join(f"{name} {number / 1e6:,.1f}" for name, number in sent.items())
     slots = sum(t.n_slots for t in shapes.targets)
     others = {
-        name: sum(wire_bytes(shapes.targets, shapes.others, setup, config, trained).values())
+        name: sum(count(trained=trained).values())
         for name, trained in (("as many trained in LoRA", slots), ("full", shapes.numel))
     }
     beside = ", ".join(f"{name} {number / 1e6:,.1f}" for name, number in others.items())
@@ -142,7 +151,7 @@ def probe_lines(took: Any, options: PlanArguments) -> str:
     """The measured step time, in words."""
     tokens = options.max_length * options.per_device_train_batch_size
     return (
-        f"forward and backward on this device: about {took.step:.2f} s for {tokens:,} tokens "
+        f"forward and backward here, a micro-batch: about {took.step:.2f} s for {tokens:,} tokens "
         f"({tokens / took.step:,.0f} a second; {took.blocks} blocks of {took.block:.3f} s, "
         f"the rest {took.rest:.3f} s), without sums over ranks"
     )

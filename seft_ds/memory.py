@@ -22,7 +22,9 @@ from seft_ds.targets import Target
 HELD = (
     "weights", "deltas", "positions", "gradients", "masters", "moments", "masks", "slot tables", "windows",
 )  # fmt: skip
-PASSING = ("reduction buffers", "gathered weights", "slot gradients", "exchange", "activations")
+PASSING = (
+    "reduction buffers", "gathered weights", "slot gradients", "exchange", "activations", "window gradients",
+)  # fmt: skip
 BLOCK = 256  # entries that share a scale in bitsandbytes' 8-bit state
 SMALLEST_8BIT = 4096  # bitsandbytes keeps smaller tensors in 32 bits (its min_8bit_size)
 # Per slot: the codes of positions (int64), slot numbers (int64), and whether it was born dead.
@@ -240,7 +242,7 @@ def _table(target: Target, setup: Setup) -> int:
 def window_bytes(
     targets: Sequence[Target], setup: Setup, config: SeftConfig, total_steps: int
 ) -> int:
-    """The most that open windows hold at once: g, G and Q in fp32, where a window is open."""
+    """The most that open windows hold at once: G and Q in fp32, where a window is open."""
     interval = resolve_interval(config.interval, config.window, total_steps)
     schedule = Schedule(
         total_steps=total_steps,
@@ -252,7 +254,7 @@ def window_bytes(
         waves=config.in_waves,
         replace_all_first=config.start == "gradient",
     )
-    sizes = [12 * _owned(t, setup) for t in targets]
+    sizes = [8 * _owned(t, setup) for t in targets]
     # Windows come round once an interval: two rounds show every set that is ever open together.
     steps = range(1, min(total_steps, 2 * interval + config.window) + 1)
     return max(

@@ -95,8 +95,8 @@ def test_windows_take_turns() -> None:
     waves = parse_seft({"interval": 10, "window": 2})
     together = parse_seft({"interval": 10, "window": 2, "waves": False})
     setup = Setup(3, 1)
-    assert window_bytes(same, setup, waves, 100) == 2 * 12 * 64
-    assert window_bytes(same, setup, together, 100) == 10 * 12 * 64
+    assert window_bytes(same, setup, waves, 100) == 2 * 8 * 64
+    assert window_bytes(same, setup, together, 100) == 10 * 8 * 64
     none = parse_seft({"drop_fraction": 0.0})
     assert window_bytes(same, setup, none, 100) == 0
 

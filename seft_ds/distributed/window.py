@@ -24,10 +24,10 @@ class Window:
         self._ranges = [shard_range(numel, r, ranks.size, multiple) for r in range(ranks.size)]
         lo, hi = self._ranges[ranks.rank]
         self._lo = lo
-        self._step = torch.empty(hi - lo, dtype=torch.float32, device=device)  # g, still adding up
-        self._begun = False  # whether anything of this step is in it
-        self.G = torch.zeros_like(self._step)
-        self.Q = torch.zeros_like(self._step)
+        # g, still adding up. Only while a step's backward runs: what activations leave free is enough for it.
+        self._step: torch.Tensor | None = None
+        self.G = torch.zeros(hi - lo, dtype=torch.float32, device=device)
+        self.Q = torch.zeros_like(self.G)
         self.steps = 0
 
     uses_product = True
@@ -49,6 +49,8 @@ class Window:
         columns = x.shape[1]
         length = rows_a_piece(len(self._ranges), columns) * columns
         longest = max(hi - lo for lo, hi in self._ranges)
+        begun = self._step is not None
+        step = self._step if self._step is not None else torch.empty_like(self.G)
         for begin in range(0, longest, length):
             parts = [(min(lo + begin, hi), min(lo + begin + length, hi)) for lo, hi in self._ranges]
             rows = (
@@ -58,24 +60,24 @@ class Window:
             )
             mine = self._ranks.sum_scatter(rows)
             lo, hi = parts[self._ranks.rank]
-            into = self._step[lo - self._lo : hi - self._lo]
-            into.add_(mine[: hi - lo]) if self._begun else into.copy_(mine[: hi - lo])
-        self._begun = True
+            into = step[lo - self._lo : hi - self._lo]
+            into.add_(mine[: hi - lo]) if begun else into.copy_(mine[: hi - lo])
+        self._step = step
 
     def finish_step(self, scale: float) -> None:
         """Close one optimizer step: g times `scale` is what the optimizer saw."""
         self.steps += 1
-        if not self._begun:  # no token came this way
+        if self._step is None:  # no token came this way
             return
         g = self._step.mul_(scale)
         self.G += g
         self.Q.addcmul_(g, g)
-        self._begun = False
+        self._step = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """What it holds per position: g, G and Q."""
-        return [self._step, self.G, self.Q]
+        """What it holds per position between steps: G and Q."""
+        return [self.G, self.Q]
 
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""
-        self._begun = False
+        self._step = None

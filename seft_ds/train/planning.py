@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seft_ds.config import SeftConfig, parse_seft
-from seft_ds.memory import HELD, Plan, Setup, plan
+from seft_ds.memory import HELD, Plan, Setup, plan, window_bytes
 from seft_ds.naming import FUSED, is_router
 from seft_ds.sparse.experts import is_fused_experts
 from seft_ds.sparse.linear import is_slot_parameter
@@ -47,6 +47,7 @@ class Work:
     micro_batch: int = 1
     length_tokens: int = 2048
     checkpointing: bool = True
+    micro_batches: int = 1  # gradient accumulation
 
 
 def model_of_config(path: str | Path) -> Any:
@@ -152,7 +153,12 @@ def plan_of_run(
     setup = Setup.from_config(
         deepspeed, run.world_size, dtype.itemsize, str(run.optim), shapes.hidden
     )
-    work = Work(run.per_device_train_batch_size, run.max_length or 1024, run.gradient_checkpointing)
+    work = Work(
+        run.per_device_train_batch_size,
+        run.max_length or 1024,
+        run.gradient_checkpointing,
+        run.gradient_accumulation_steps,
+    )
     steps = run.max_steps if run.max_steps > 0 else 1000
     return plan_run(shapes, setup, work, parse_seft(deepspeed.get("seft", {})), steps)
 
@@ -179,7 +185,12 @@ def plan_run(
     shapes: Shapes, setup: Setup, work: Work, config: SeftConfig, total_steps: int = 1000
 ) -> Plan:
     """Bytes of every part on the rank that holds most."""
-    passing = {"activations": activation_bytes(shapes, work, setup.dtype_bytes)}
+    activations = activation_bytes(shapes, work, setup.dtype_bytes)
+    # This step's gradient where a window is open, 4 of 12 bytes a position. Backward forms it as it frees
+    # activations; what earlier micro-batches left is there beside them.
+    gradients = window_bytes(shapes.targets, setup, config, total_steps) // 2
+    beside = gradients if work.micro_batches > 1 else max(0, gradients - activations)
+    passing = {"activations": activations} | ({"window gradients": beside} if beside else {})
     return plan(shapes.targets, shapes.others, setup, config, total_steps, passing)
 
 

@@ -40,9 +40,11 @@ def wire_bytes(
     if setup.stage == 3:
         gathered = _gathered(targets, others, setup, moved, own)
         result["weights"] = share * gathered * micro_batches
-    # DeepSpeed's ZeRO-1 and 2 sum whole buckets on all ranks; its ZeRO-3 sums each part on its owner.
+    # DeepSpeed's ZeRO-1 and 2 sum whole buckets on all ranks; its ZeRO-3 sums each part on its owner. From
+    # ZeRO-2 on they do so after every micro-batch.
     whole_gradients = 1 if setup.stage == 3 else 2
-    result["gradients"] = whole_gradients * share * moved * setup.dtype_bytes
+    sums = micro_batches if setup.stage >= 2 else 1
+    result["gradients"] = sums * whole_gradients * share * moved * setup.dtype_bytes
     if setup.stage in (1, 2):
         result["updated values"] = share * moved * setup.dtype_bytes
     if own:

@@ -15,12 +15,17 @@ SMALL = (2, 64, 2)  # ranks, width, blocks
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "reuse"),
-    [("seft", 2, 10**9), ("seft", 3, 10**9), ("seft", 3, 0), ("lora", 3, 0)],
-)
-def test_planned_bytes_are_those_of_a_real_run(method: str, stage: int, reuse: int) -> None:
-    counted = run_processes(2, count, method, stage, *SMALL, 10, reuse)
-    said = planned(method, stage, *SMALL, reuse)
+    ("method", "stage", "reuse", "micro_batches"),
+    [
+        ("seft", 1, 10**9, 2), ("seft", 2, 10**9, 1), ("fixed", 2, 10**9, 2), ("seft", 3, 10**9, 1),
+        ("seft", 3, 0, 2), ("lora", 3, 0, 1),
+    ],
+)  # fmt: skip
+def test_planned_bytes_are_those_of_a_real_run(
+    method: str, stage: int, reuse: int, micro_batches: int
+) -> None:
+    counted = run_processes(2, count, method, stage, *SMALL, 10, reuse, micro_batches)
+    said = planned(method, stage, *SMALL, reuse, micro_batches)
     assert max(sum(sent.values()) for sent in counted) == pytest.approx(said, rel=0.02)
 
 
