@@ -49,8 +49,7 @@ class Window:
         columns = x.shape[1]
         length = rows_a_piece(len(self._ranges), columns) * columns
         longest = max(hi - lo for lo, hi in self._ranges)
-        begun = self._step is not None
-        step = self._step if self._step is not None else torch.empty_like(self.G)
+        begun, step = self._step is not None, self._step
         for begin in range(0, longest, length):
             parts = [(min(lo + begin, hi), min(lo + begin + length, hi)) for lo, hi in self._ranges]
             rows = (
@@ -58,10 +57,14 @@ class Window:
                 if product is None
                 else parts_of_product(product, parts)
             )
-            mine = self._ranks.sum_scatter(rows)
             lo, hi = parts[self._ranks.rank]
+            mine = self._ranks.sum_scatter(rows)[: hi - lo]
+            if step is None and len(mine) == len(self.G) and _has_own_memory(mine):
+                step = mine  # all of it at once
+                continue
+            step = torch.empty_like(self.G) if step is None else step
             into = step[lo - self._lo : hi - self._lo]
-            into.add_(mine[: hi - lo]) if begun else into.copy_(mine[: hi - lo])
+            into.add_(mine) if begun else into.copy_(mine)
         self._step = step
 
     def finish_step(self, scale: float) -> None:
@@ -69,9 +72,8 @@ class Window:
         self.steps += 1
         if self._step is None:  # no token came this way
             return
-        g = self._step.mul_(scale)
-        self.G += g
-        self.Q.addcmul_(g, g)
+        self.G.add_(self._step, alpha=scale)
+        self.Q.addcmul_(self._step, self._step, value=scale * scale)
         self._step = None
 
     def tensors(self) -> list[torch.Tensor]:
@@ -81,3 +83,8 @@ class Window:
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""
         self._step = None
+
+
+def _has_own_memory(tensor: torch.Tensor) -> bool:
+    """Whether nothing else is kept alive with it."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
