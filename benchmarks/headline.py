@@ -3,8 +3,8 @@
     python benchmarks/headline.py
 
 reads docs/results/repair.csv and repair.md, which repair.py writes of the grid smollm2_cpu.yaml (`--csv
---table --figure`), and pruners.md, commonsense.md and ablations.md, of the grids of these names, and fills
-the blocks of both pages. A test compares the pages with what this would write.
+--table --figure`), and pruners.md, commonsense.md, ablations.md and 2of4.md, of the grids of these names, and
+fills the blocks of both pages. A test compares the pages with what this would write.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ RESULTS = ROOT / "docs" / "results"
 # What a reader of the README wants to know of each method, in its own words.
 WHAT = {
     "seft": "**SEFT**, dense model at hand",
-    "seft_alone": "SEFT without it",
+    "seft+distill": "the same, distilled from it",
+    "evolving": "SEFT without it",
     "fixed": "the same slots all run",
+    "fixed+distill": "the same slots all run, distilled from the dense model",
     "random_grow": "slots grown at random",
     "spiel": "SpIEL",
     "masked_full": "all live weights train",
@@ -33,7 +35,7 @@ WHAT = {
     "sqft": "SQFT (SparsePEFT)",
 }
 TEXT = "wikitext2"
-OTHERS = ("pruners", "commonsense", "ablations")  # tables as they are
+OTHERS = ("pruners", "2of4", "commonsense", "ablations")  # tables as they are
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,13 +46,13 @@ class SeftConfig(BaseModel):
     waves: bool = Field(True, description="Weights take turns; false: all evolve in the same step.")
     interval: int | Auto = Field("auto", description="Steps between two events of a weight.")
     window: int = Field(
-        5,
+        2,
         ge=1,
         le=_LONGEST_WINDOW,
-        description="Steps before an event whose gradients are scored.",
+        description="Steps before an event whose gradients are scored, or before an exchange.",
     )
     drop_fraction: float = Field(
-        0.2, ge=0, le=1, description="Share of slots dropped at first; falls to 0 at stop (cosine)."
+        0.1, ge=0, le=1, description="Share of slots dropped at first; falls to 0 at stop (cosine)."
     )
     stop: float = Field(
         0.8, gt=0, le=1, description="Share of all steps after which nothing evolves."
@@ -72,14 +72,14 @@ class SeftConfig(BaseModel):
     grow_among: Literal["all", "live"] = Field(
         "all", description="Dead positions compete, or slots move among live ones only."
     )
-    prune: Literal["taylor", "fisher", "magnitude"] = Field("taylor", description="Prune score.")
+    prune: Literal["taylor", "fisher", "magnitude"] = Field("fisher", description="Prune score.")
     adapt: bool = Field(
         True, description="Prune as many as came alive; false: live counts may grow (as in SpIEL)."
     )
     dense_model: str | None = Field(
         None,
         description="Folder of the model before pruning: pruned weights may come back with their old values. "
-        "Sets scope to global and drop_fraction to 0 where they are not given.",
+        "Sets scope to global, drop_fraction to 0 and window to 5 where they are not given.",
     )
     exchange: float = Field(
         0.05,
@@ -94,7 +94,7 @@ class SeftConfig(BaseModel):
         description="How many exchanges, an interval apart, the first after the first window.",
     )
     pattern: str = Field("auto", description='N:M pattern: auto (from the zeros), none, or "2:4".')
-    nm: Literal["swap", "fixed"] = Field("swap", description="N:M patterns evolve, or stay fixed.")
+    nm: Literal["swap", "fixed"] = Field("fixed", description="N:M patterns stay fixed, or evolve.")
     min_sparsity: float = Field(
         0.05, gt=0, lt=1, description="A weight with a smaller share of zeros counts as dense."
     )
@@ -117,7 +117,7 @@ class SeftConfig(BaseModel):
         """With the dense model at hand, budgets move between weights, and slots stay where they are: what
         measured best (docs/results.md)."""
         if isinstance(given, dict) and given.get("dense_model") is not None:
-            return {"scope": "global", "drop_fraction": 0.0, **given}
+            return {"scope": "global", "drop_fraction": 0.0, "window": 5, **given}
         return given
 
     @field_validator("interval", "total_steps")

@@ -11,13 +11,16 @@ import math
 from dataclasses import dataclass
 
 EVENTS_PER_RUN = 40  # what `interval: auto` aims for
-MIN_AUTO_INTERVAL = 10
+# Fewer steps apart events did worse (docs/results.md); in short runs there would be none.
+MIN_AUTO_INTERVAL, SHORT_RUN_INTERVAL, SHORT_RUN_EVENTS = 20, 10, 5
 
 
 def resolve_interval(interval: int | str, window: int, total_steps: int) -> int:
-    """`auto` means about 40 events a run, but never under 10 steps nor under the window."""
+    """`auto` means about 40 events a run, but never under 20 steps (in a run of under 100: a fifth of it,
+    never under 10) nor under the window."""
     if interval == "auto":
-        return max(MIN_AUTO_INTERVAL, window, total_steps // EVENTS_PER_RUN)
+        least = min(MIN_AUTO_INTERVAL, max(SHORT_RUN_INTERVAL, total_steps // SHORT_RUN_EVENTS))
+        return max(least, window, total_steps // EVENTS_PER_RUN)
     return int(interval)
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ({"zzz": 3}, "known: targets"),
         ({"density": 0}, "density = 0"),
         ({"density": 1.5}, "density = 1.5"),
-        ({"interval": 3}, "interval 3 is shorter than window 5"),
+        ({"interval": 1}, "interval 1 is shorter than window 2"),
         ({"interval": "often"}, "interval = 'often'"),
         ({"window": 0}, "window = 0"),
         ({"scope": "globl"}, "'layer' or 'global'"),
@@ -54,7 +54,7 @@ def test_defaults_and_overrides() -> None:
     config = {"zero_optimization": {"stage": 3}, "seft": {"interval": 20}}
     merged = with_overrides(config, {"interval": 60, "release": "revert"})
     seft = parse_seft(merged["seft"])
-    assert (seft.interval, seft.release, seft.window) == (60, "revert", 5)
+    assert (seft.interval, seft.release, seft.window) == (60, "revert", 2)
     assert config["seft"] == {"interval": 20}
     by_count = with_overrides({**config, "seft": {"density": 0.02}}, {"trainable": "rank=4"})
     assert by_count["seft"] == {"trainable": "rank=4"}

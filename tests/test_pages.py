@@ -35,6 +35,9 @@ def test_the_pages_show_the_results_that_are_in_the_files() -> None:
     [
         ("smollm2_cpu", ("repair.md", "repair.csv")),
         ("smollm2_pruners", ("pruners.md", "pruners.csv")),
+        ("smollm2_2of4", ("2of4.md", "2of4.csv")),
+        ("smollm2_ablations", ("ablations.md", "ablations.csv")),
+        ("smollm2_commonsense", ("commonsense.md", "commonsense.csv")),
     ],
 )
 def test_the_results_are_those_of_the_cells(

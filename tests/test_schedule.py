@@ -15,9 +15,11 @@ def make(**kw) -> Schedule:
 
 
 def test_auto_interval() -> None:
-    assert resolve_interval("auto", 5, 100) == 10
+    assert resolve_interval("auto", 5, 30) == 10
+    assert resolve_interval("auto", 5, 60) == 12
+    assert resolve_interval("auto", 5, 100) == 20
     assert resolve_interval("auto", 5, 4000) == 100
-    assert resolve_interval("auto", 12, 100) == 12
+    assert resolve_interval("auto", 25, 100) == 25
     assert resolve_interval(7, 5, 4000) == 7
 
 
