@@ -206,8 +206,8 @@ def report(grid: Grid, work: Path, options: argparse.Namespace) -> None:
             known["dense"] = read(work / measured_in("dense", grid.dense[model], grid))
         references[model] = {name: record for name, record in known.items() if record is not None}
     texts = [text.name for text in grid.texts]
-    rows = rows_of(cells, texts, references, edges)
-    table = as_markdown(rows, texts, notes(grid, cells, options.grid))
+    rows = rows_of(cells, texts, references, edges, grid.beside)
+    table = as_markdown(rows, texts, notes(grid, cells, options.grid), grid.beside)
     Path(options.table or work / "table.md").write_text(table)
     write_csv(Path(options.csv or work / "table.csv"), rows)
     draw(Path(options.figure or work / "table.png"), rows, texts[0])

@@ -46,6 +46,7 @@ from seft_ds.train.flags import RecipeLoader
 _KNOWN = {
     "models", "dense", "prune", "tiny", "train_file", "validation", "eval", "tasks", "methods",
     "learning_rates", "tune", "seeds", "steps", "deepspeed", "args", "seft", "launcher", "env",
+    "beside",
 }  # fmt: skip
 _GRID_BYTES = 1 << 20
 
@@ -140,6 +141,7 @@ class Grid:
     tune_seed: int = 0
     launcher: str = ""
     env: dict[str, str] = field(default_factory=dict)
+    beside: str = ""  # the row that others are compared with, seed by seed
 
     def tuning_cells(self) -> list[Cell]:
         """Of every row with several learning rates, one run for each.
@@ -229,7 +231,10 @@ def build_grid(data: dict[str, Any], check_files: bool = True) -> Grid:
         tune_seed=int(tune.get("seed", data["seeds"][0])),
         launcher=str(data.get("launcher") or ""),
         env=environment(data),
+        beside=str(data.get("beside") or ""),
     )
+    if grid.beside and grid.beside not in [row.name for row in rows]:
+        raise ValueError(f"beside names {grid.beside}, which is none of the methods")
     if check_files:
         _check_files(grid)
     return grid

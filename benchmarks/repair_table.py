@@ -50,6 +50,7 @@ def rows_of(
     texts: list[str],
     references: dict[str, dict[str, Record]],
     edges: set[tuple[str, str]],
+    beside: str = "",
 ) -> list[Record]:
     """A row for each (model, method) in order of appearance, after those of the dense and pruned models.
 
@@ -57,6 +58,7 @@ def rows_of(
         cells: records of finished runs, all at their chosen learning rate.
         references: model -> {"pruned": record, "dense": record, if there is one}.
         edges: (model, method) whose learning rate lies at the edge of the sweep.
+        beside: a method; of the others the difference to it, on the first text, over the seeds of both.
     """
     rows: list[Record] = []
     for model, known in references.items():
@@ -72,10 +74,12 @@ def rows_of(
         for cell in cells:
             if cell["model"] == model:
                 groups.setdefault(cell["row"], []).append(cell)
-        rows += [
-            _row(model, name, group, texts, known, (model, name) in edges)
-            for name, group in groups.items()
-        ]
+        against = groups.get(beside, [])
+        for name, group in groups.items():
+            row = _row(model, name, group, texts, known, (model, name) in edges)
+            if name != beside:
+                row |= _difference(group, against, texts[0])
+            rows.append(row)
     return rows
 
 
@@ -111,11 +115,22 @@ def _row(
     return row
 
 
-def as_markdown(rows: list[Record], texts: list[str], notes: list[str]) -> str:
+def _difference(cells: list[Record], against: list[Record], text: str) -> Record:
+    """Perplexity on `text` less that of `against` at the same seed: what runs of a seed share is gone."""
+    by_seed = {c["seed"]: c["perplexity"][text] for c in against}
+    found = [c["perplexity"][text] - by_seed[c["seed"]] for c in cells if c["seed"] in by_seed]
+    if not found:
+        return {}
+    mean, std = mean_std(found)
+    return {"beside": mean, "beside_std": std}
+
+
+def as_markdown(rows: list[Record], texts: list[str], notes: list[str], beside: str = "") -> str:
     """The table and what stands beside it."""
     head = ["model", "method", "learning rate", "seeds", "trainable", "sparsity left", *texts]
     tasks = any("accuracy" in row for row in rows)
     head += ["accuracy"] if tasks else []
+    head += [f"{texts[0]} - {beside}'s, same seeds"] if beside else []
     head += ["gap closed", "per minute", "minutes", "peak GiB"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * 2}{'--:|' * (len(head) - 2)}"]
     for row in rows:
@@ -125,6 +140,7 @@ def as_markdown(rows: list[Record], texts: list[str], notes: list[str]) -> str:
         cells += [_shown(row, "sparsity", "{:.4%}", "{:.2%}")]
         cells += [_shown(row, text, "{:.2f}", "{:.2f}") for text in texts]
         cells += [_shown(row, "accuracy", "{:.2%}", "{:.2%}")] if tasks else []
+        cells += [_shown(row, "beside", "{:+.2f}", "{:.2f}")] if beside else []
         cells += [
             _shown(row, "gap_closed", "{:.1%}", "{:.1%}"),
             _shown(row, "gap_per_minute", "{:.2%}", "{:.2%}"),

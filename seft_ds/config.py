@@ -79,7 +79,7 @@ class SeftConfig(BaseModel):
     dense_model: str | None = Field(
         None,
         description="Folder of the model before pruning: pruned weights may come back with their old values. "
-        "Sets scope to global, drop_fraction to 0 and window to 5 where they are not given.",
+        "Sets scope to global, drop_fraction to 0 and window to 10 where they are not given.",
     )
     exchange: float = Field(
         0.05,
@@ -117,7 +117,7 @@ class SeftConfig(BaseModel):
         """With the dense model at hand, budgets move between weights, and slots stay where they are: what
         measured best (docs/results.md)."""
         if isinstance(given, dict) and given.get("dense_model") is not None:
-            return {"scope": "global", "drop_fraction": 0.0, "window": 5, **given}
+            return {"scope": "global", "drop_fraction": 0.0, "window": 10, **given}
         return given
 
     @field_validator("interval", "total_steps")

@@ -91,6 +91,7 @@ def test_a_methods_own_settings_win(tmp_path: Path) -> None:
         ({"methods": [{"name": "lora", "arg": 1}]}, "a method wants a name"),
         ({"validation": None}, "no validation text"),
         ({"dense": {"other": "x"}}, "which models doesn't"),
+        ({"beside": "best"}, "none of the methods"),
         ({"train_file": "none.txt"}, "no such file"),
         ({"models": {"m": "nowhere"}, "dense": {}}, "no folder of a model"),
         ({"eval": [{"name": "x", "file": "y"}]}, "a text wants"),
@@ -145,6 +146,17 @@ def test_the_table_is_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     assert float(read[2]["test_std"]) == pytest.approx(10.0) and read[0]["test"] == "10.0"
     repair_table.draw(tmp_path / "t.png", rows, "test")
     assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    cells = [cell("a", 0, 40.0), cell("a", 1, 50.0), cell("b", 1, 51.0), cell("b", 0, 43.0)]
+    cells += [cell("c", 1, 49.0), cell("d", 2, 1.0)]
+    known: dict[str, dict[str, Any]] = {"m": {}}
+    a, b, c, d = repair_table.rows_of(cells, ["test"], known, set(), "a")
+    assert b["beside"] == pytest.approx(2.0) and b["beside_std"] == pytest.approx(math.sqrt(2))
+    assert (c["beside"], c["beside_std"]) == (-1.0, None) and "beside" not in a | d
+    text = repair_table.as_markdown([a, b, c, d], ["test"], [], "a")
+    assert "| test - a's, same seeds |" in text and "| +2.00 ± 1.41 |" in text
 
 
 def test_the_best_rate_is_by_validation_and_never_one_that_diverged() -> None:

@@ -54,8 +54,8 @@ def config(stage: int, bf16: bool = False, **seft: Any) -> dict:
             "density": 0.05,
             "total_steps": STEPS,
             "seed": 1,
-            "drop_fraction": 0.2,
             "nm": "swap",
+            **({} if "dense_model" in seft else {"drop_fraction": 0.2}),
             **seft,
         },
     }
