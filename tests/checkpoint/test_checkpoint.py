@@ -211,7 +211,7 @@ def refusals(folder: str) -> dict[str, str]:
     engine.seft.check()
     other = start(folder, False, checkpoint_base="copy", density=0.03)
     attempt("slots", lambda: other.load_checkpoint(copy, "here"))
-    third = start(folder, False, checkpoint_base="copy", prune="fisher")
+    third = start(folder, False, checkpoint_base="copy", prune="taylor")
     attempt("settings", lambda: third.load_checkpoint(copy, "here"))
     accumulating = start(folder, False)
     accumulating._config.gradient_accumulation_steps = 2

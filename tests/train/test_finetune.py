@@ -184,7 +184,7 @@ BAD = {
     "a run is there": (["--output_dir", "taken"], "--resume auto"),
     "density": (["--seft.density", "0"], "density = 0"),
     "too many slots": (["--seft.density", "0.9"], "lower density"),
-    "interval": (["--seft.interval", "2"], "shorter than window"),
+    "interval": (["--seft.interval", "1"], "shorter than window"),
     "unknown setting": (["--seft.intervall", "20"], "did you mean 'interval'"),
     "no ZeRO section": (["--deepspeed", "nozero.json"], 'no "zero_optimization" section'),
     "batch size": (["--deepspeed", "batch7.json"], "can't be had on 1 ranks"),
@@ -293,7 +293,7 @@ def test_overwrite_replaces_a_run(home: Path) -> None:
 def test_8bit_optimizers_by_config_and_by_flag(home: Path, name: str, flags: list[str]) -> None:
     done = finetune(
         home, "--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", name,
-        "--max_steps", "6", "--learning_rate", "1e-2", "--seft.interval", "2", "--seft.window", "2",
+        "--max_steps", "6", "--learning_rate", "1e-2", "--seft.interval", "2", "--seft.drop_fraction", "0.2",
         "--save_strategy", "steps", "--save_steps", "6", "--logging_steps", "1", *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
