@@ -108,7 +108,7 @@ def make_engine(options: argparse.Namespace, total_steps: int) -> Any:
         trained = [p for p in model.parameters() if p.requires_grad]
         made = deepspeed.initialize(model=model, config=settings, model_parameters=trained)
         return made[0]
-    schedule = {"interval": options.interval, "window": 5, "total_steps": total_steps, "stop": 1.0}
+    schedule = {"interval": options.interval, "total_steps": total_steps, "stop": 1.0}
     settings["seft"] = budget | schedule | find_method(method).settings
     return seft_ds.initialize(model=model, config=settings)[0]
 
