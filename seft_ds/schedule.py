@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 EVENTS_PER_RUN = 40  # what `interval: auto` aims for
-# Fewer steps apart events did worse (docs/results.md); in short runs there would be none.
+# Closer together events cost more and bring nothing (docs/results.md); in short runs there would be none.
 MIN_AUTO_INTERVAL, SHORT_RUN_INTERVAL, SHORT_RUN_EVENTS = 20, 10, 5
 
 
