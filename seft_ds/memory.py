@@ -66,6 +66,12 @@ class Setup:
         )
 
     @property
+    def stays(self) -> int:
+        """Entries before the loss that ZeRO-3 keeps from forward to backward: as far as half the reuse
+        distance (or what is prefetched) reaches."""
+        return max(self.reuse_distance, self.prefetched) // 2
+
+    @property
     def eight_bit(self) -> bool:
         name = self.optimizer.lower()
         return "8bit" in name or "8-bit" in name
@@ -127,6 +133,7 @@ def plan(
     config: SeftConfig,
     total_steps: int = 1000,
     passing: dict[str, int] | None = None,
+    in_backward: int = 0,
 ) -> Plan:
     """What one rank holds during training.
 
@@ -134,6 +141,7 @@ def plan(
         targets: sparse weights with their slots assigned.
         others: number of entries of each other parameter.
         passing: further parts that come and go, such as `activations`.
+        in_backward: how many bytes of `passing` are there in backward only.
     """
     result = Plan()
     on_host = {
@@ -156,7 +164,7 @@ def plan(
     for part in HELD:
         where = result.host if on_host.get(part) else result.device
         where[part] = held[part]
-    result.device |= buffers(targets, others, setup)
+    result.device |= buffers(targets, others, setup, in_backward)
     if config.dense_model is not None:
         free = [t for t in targets if t.pattern is None]
         weighed = sum(_owned(t, setup) for t in free)
@@ -263,21 +271,28 @@ def window_bytes(
     )
 
 
-def buffers(targets: Sequence[Target], others: Sequence[int], setup: Setup) -> dict[str, int]:
+def buffers(
+    targets: Sequence[Target], others: Sequence[int], setup: Setup, in_backward: int
+) -> dict[str, int]:
     """What comes and goes in a step beside activations. Estimates."""
     # Of fused experts one at a time.
     largest = max((t.numel // max(1, t.experts) for t in targets), default=0)
     slots = [t.n_slots for t in targets]
     everything = sum(t.numel for t in targets) + sum(others)
-    # What is gathered arrives in one buffer and is copied from there; a single rank has its weights at hand.
-    gathered = min(setup.live_parameters, everything) + min(setup.prefetched, everything)
+    # The gradient of one weight at a time in fp32, and deltas gathered for the write-through.
+    gradients = 4 * largest + 4 * max(min(sum(slots), 1 << 24), *slots, 0)
+    # What is gathered arrives in one buffer and is copied from there.
+    arriving = min(setup.prefetched, everything) * setup.dtype_bytes
+    if everything <= min(setup.live_parameters, setup.stays):
+        # Nothing has to arrive any more when backward begins, and has what only backward has.
+        arriving = max(0, arriving - in_backward - gradients)
+    gathered = min(setup.live_parameters, everything) * setup.dtype_bytes + arriving
+    # A single rank has its weights at hand.
     gathers = setup.stage == 3 and (setup.ranks > 1 or setup.offload_param)
-    whole = max(gathered * setup.dtype_bytes, _module(targets, setup))
     return {
         "reduction buffers": setup.reduce_bucket * setup.dtype_bytes if setup.stage else 0,
-        "gathered weights": whole if gathers else 0,
-        # The gradient of one weight at a time in fp32, and deltas gathered for the write-through.
-        "slot gradients": 4 * largest + 4 * max(min(sum(slots), 1 << 24), *slots, 0),
+        "gathered weights": max(gathered, _module(targets, setup)) if gathers else 0,
+        "slot gradients": gradients,
     }
 
 

@@ -67,6 +67,22 @@ def test_offloaded_parts_are_on_the_host() -> None:
     assert set(one.host) == {"gradients", "masters", "moments"}
 
 
+@pytest.mark.parametrize("in_backward, arriving", [(0, 94), (60, 34), (10**6, 0)])
+def test_what_arrives_shares_its_place_with_what_only_backward_has(
+    in_backward: int, arriving: int
+) -> None:
+    """279 entries of 2 bytes; backward has 4 · 96 bytes of a weight's gradient and 4 · 20 of deltas."""
+
+    def gathered(**setup: int) -> int:
+        plan_ = plan(TARGETS, [100, 3], Setup(3, 2, **setup), parse_seft({}), 100, {}, in_backward)
+        return plan_.device["gathered weights"]
+
+    assert gathered() == 558 + arriving
+    # Gathered once more for backward, whatever is there arrives beside it.
+    assert gathered(reuse_distance=0, prefetched=557) == 2 * 558
+    assert gathered(live_parameters=278) == 2 * 278 + 558
+
+
 @pytest.mark.parametrize(
     "name, bytes_a_slot",
     [("adamw_torch", 8), ("AdamW8bit", 2 * (1 + 4 / 256)), ("adamw_bnb_8bit", 2 * (1 + 4 / 256)),

@@ -20,6 +20,7 @@ from seft_ds.targets import Target, assign_slots, matches, total_slots
 from seft_ds.zero import shards
 
 GIB = 1 << 30
+_LOGIT_GRADIENT = 4  # bytes: fp32
 
 
 @dataclass
@@ -171,14 +172,18 @@ def activation_bytes(shapes: Shapes, work: Work, dtype_bytes: int) -> int:
     only its input is kept, and one block at a time the rest. Experts have copies of their tokens, going in,
     coming out and weighed. Logits: bf16, fp32, and their gradient.
     """
-    tokens = work.micro_batch * work.length_tokens
+    tokens = _tokens(work)
     block = 8 * shapes.hidden + 4 * shapes.key_values + 4 * shapes.intermediate
     block += 3 * shapes.experts_per_token * shapes.hidden
     if work.checkpointing:
         kept = shapes.layers * shapes.hidden + block
     else:
         kept = shapes.layers * block
-    return tokens * (kept * dtype_bytes + shapes.vocabulary * (dtype_bytes + 8))
+    return tokens * (kept * dtype_bytes + shapes.vocabulary * (dtype_bytes + 4 + _LOGIT_GRADIENT))
+
+
+def _tokens(work: Work) -> int:
+    return work.micro_batch * work.length_tokens
 
 
 def plan_run(
@@ -191,7 +196,8 @@ def plan_run(
     gradients = window_bytes(shapes.targets, setup, config, total_steps) // 2
     beside = gradients if work.micro_batches > 1 else max(0, gradients - activations)
     passing = {"activations": activations} | ({"window gradients": beside} if beside else {})
-    return plan(shapes.targets, shapes.others, setup, config, total_steps, passing)
+    only_backward = beside + _LOGIT_GRADIENT * _tokens(work) * shapes.vocabulary
+    return plan(shapes.targets, shapes.others, setup, config, total_steps, passing, only_backward)
 
 
 def table(result: Plan, ranks_per_node: int) -> str:

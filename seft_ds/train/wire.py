@@ -63,8 +63,7 @@ def _gathered(
 ) -> int:
     """Bytes of the weights that ZeRO-3 gathers for one forward and backward pass.
 
-    A weight that backward needs soon after forward stays where it is: the last ones before the loss, as
-    far as half the reuse distance (or what is prefetched) reaches; those in front are gathered twice.
+    A weight that backward needs soon after forward stays where it is; those in front are gathered twice.
     """
     large = [n for n in others if n > setup.persistent_below]
     entries = sum(t.numel for t in targets) + sum(large)
@@ -73,8 +72,7 @@ def _gathered(
     if not own:
         beside = 0 if moved >= entries else moved * setup.dtype_bytes
     whole = entries * setup.dtype_bytes + beside
-    far = max(setup.reuse_distance, setup.prefetched)
-    stays = min(1.0, far / 2 / entries) if entries else 1.0
+    stays = min(1.0, setup.stays / entries) if entries else 1.0
     return round(whole * (2 - stays))
 
 
