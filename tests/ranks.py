@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import threading
 from collections.abc import Callable
@@ -86,6 +87,8 @@ def run_processes(
     import multiprocessing as mp
     import queue
 
+    # What an engine imports when it is first made takes seconds: once here, not once in every rank.
+    importlib.import_module("seft_ds.train.run")
     context = mp.get_context("fork")
     results: Any = context.Queue()
     port = free_port()
