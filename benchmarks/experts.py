@@ -97,7 +97,8 @@ def event_views(matrices: int, positions: int, slots: int) -> dict[str, list[Any
 
 
 def event_seconds(matrices: int, positions: int, slots: int) -> dict[str, float]:
-    from seft_ds.distributed.event import EventSettings, plan
+    from seft_ds.config import SeftConfig
+    from seft_ds.distributed.event import plan
     from tests.ranks import run_threads
 
     ways = event_views(matrices, positions, slots)
@@ -105,7 +106,7 @@ def event_seconds(matrices: int, positions: int, slots: int) -> dict[str, float]
     for _ in range(3):
         for name, views in ways.items():
             started = time.perf_counter()
-            run_threads(1, lambda ranks, v=views: plan(v, 0.2, EventSettings(), ranks))
+            run_threads(1, lambda ranks, v=views: plan(v, 0.2, SeftConfig(), ranks))
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.hardware import cpu_name
-from seft_ds.distributed.event import Change, EventSettings, plan
+from seft_ds.config import SeftConfig
+from seft_ds.distributed.event import Change, plan
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
 from seft_ds.sparse.shard import shard_range
@@ -183,7 +184,7 @@ def measure(shape: tuple[int, int], size: int, density: float, rate: float, roun
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status_bytes("VmRSS")
         decide, (change,) = timed(
-            lambda s=state, d=delta, r=ranks: plan(s.views(d, 0), rate, EventSettings(), r)
+            lambda s=state, d=delta, r=ranks: plan(s.views(d, 0), rate, SeftConfig(), r)
         )
         peak = status_bytes("VmHWM") - before
         m, p = change.fresh.numel(), change.pruned.numel()

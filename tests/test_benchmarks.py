@@ -50,7 +50,7 @@ def test_a_share_evolves_as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     state = scale.share_of((64, 128), 0.05, ranks)
     live = state.live().sum()
     delta = torch.randn(state.target.n_slots * 8)
-    (change,) = scale.plan(state.views(delta, 0), 0.3, scale.EventSettings(), ranks)
+    (change,) = scale.plan(state.views(delta, 0), 0.3, scale.SeftConfig(), ranks)
     m = change.fresh.numel()
     assert m > 0
     whole = scale.as_of_all(change, state, 8)

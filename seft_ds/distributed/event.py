@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.selection import Keys, KeysOnDemand, gather_lists, select
 from seft_ds.sparse import pattern, radix, topology
@@ -26,17 +27,6 @@ from seft_ds.sparse.scores import GROW, PRUNE, ScoreInputs
 from seft_ds.sparse.topology import Shard
 
 _NONE = torch.empty(0, dtype=torch.int64)  # a list that is not decided yet
-
-
-@dataclass(frozen=True)
-class EventSettings:
-    release: str = "fold"  # fold | revert
-    grow: str = "magnitude"
-    prune: str = "taylor"
-    scope: str = "layer"  # layer | global
-    nm: str = "swap"  # swap | fixed
-    grow_among: str = "all"  # all | live
-    adapt: bool = True  # False: nothing pays for a revival (SpIEL), so that live counts may grow
 
 
 @dataclass
@@ -81,17 +71,18 @@ class _Draft:
     pruned: torch.Tensor = _NONE  # positions
 
 
-def plan(shards: list[Shard], rate: float, settings: EventSettings, ranks: Ranks) -> list[Change]:
+def plan(shards: list[Shard], rate: float, config: SeftConfig, ranks: Ranks) -> list[Change]:
     """Decide one event for `shards` (this rank's shard of each weight, in order), over all ranks.
 
     Collectives: four selections at most, two or three small sums and the gathered position lists.
 
     Args:
         rate: the share of slots to drop, in [0, 1].
+        config: its scores, scope and what becomes of released slots.
     """
     idle = _idle(shards, ranks)
     busy = [shard for shard, off in zip(shards, idle, strict=True) if not off]
-    changes = iter(_plan_busy(busy, rate, settings, ranks) if busy else [])
+    changes = iter(_plan_busy(busy, rate, config, ranks) if busy else [])
     device = shards[0].weight.device
     return [_unchanged(device) if off else next(changes) for off in idle]
 
@@ -108,16 +99,14 @@ def join(changes: list[Change]) -> Change:
     )
 
 
-def _plan_busy(
-    shards: list[Shard], rate: float, settings: EventSettings, ranks: Ranks
-) -> list[Change]:
+def _plan_busy(shards: list[Shard], rate: float, config: SeftConfig, ranks: Ranks) -> list[Change]:
     drafts = [_Draft(shard) for shard in shards]
-    scope = _scope_groups(shards, settings)
+    scope = _scope_groups(shards, config)
     _drop(drafts, scope, rate, ranks)
-    _grow(drafts, settings, ranks)
-    excess = _release(drafts, scope, settings, ranks)
+    _grow(drafts, config, ranks)
+    excess = _release(drafts, scope, config, ranks)
     # Placing the fresh slots leaves nothing to decide: δ = 0, base = the current weight.
-    _adapt(drafts, scope, excess, settings, ranks)
+    _adapt(drafts, scope, excess, config, ranks)
     return _gather(drafts, ranks)
 
 
@@ -140,10 +129,10 @@ def _unchanged(device: torch.device) -> Change:
     )  # fmt: skip
 
 
-def _scope_groups(shards: list[Shard], settings: EventSettings) -> list[int]:
+def _scope_groups(shards: list[Shard], config: SeftConfig) -> list[int]:
     """The group of each weight. A weight with an N:M pattern pays for its revivals by itself."""
     groups: dict[object, int] = {}
-    shared = settings.scope == "global"
+    shared = config.scope == "global"
     keys = ["all" if shared and s.pattern is None else w for w, s in enumerate(shards)]
     return [groups.setdefault(key, len(groups)) for key in keys]
 
@@ -158,9 +147,9 @@ def _drop(drafts: list[_Draft], scope: list[int], rate: float, ranks: Ranks) -> 
         d.n_dropped = n
 
 
-def _grow(drafts: list[_Draft], settings: EventSettings, ranks: Ranks) -> None:
+def _grow(drafts: list[_Draft], config: SeftConfig, ranks: Ranks) -> None:
     """2. Grow at the largest scores among what no remaining slot holds. Dead positions compete."""
-    keys = [_growth_keys(d, settings) for d in drafts]
+    keys = [_growth_keys(d, config) for d in drafts]
     each = list(range(len(drafts)))  # every weight grows as many as it dropped
     for d, chosen in zip(
         drafts, select(keys, each, [d.n_dropped for d in drafts], ranks, few=True)
@@ -171,63 +160,61 @@ def _grow(drafts: list[_Draft], settings: EventSettings, ranks: Ranks) -> None:
         d.revived = ~shard.live[shard.index(d.fresh)]
 
 
-def _growth_keys(d: _Draft, settings: EventSettings) -> Keys:
+def _growth_keys(d: _Draft, config: SeftConfig) -> Keys:
     """Growth keys (n,) of the shard; for an N:M swap also finds out who would pay in each group."""
     shard = d.shard
     staying = shard.index(shard.position[_staying(d)])
-    swaps = shard.pattern is not None and settings.nm != "fixed" and settings.grow_among != "live"
+    swaps = shard.pattern is not None and config.nm != "fixed" and config.grow_among != "live"
     if swaps:
         assert shard.pattern is not None
         # Whoever pays is released for certain, so its value after release is what counts.
-        after = topology.released_weight(shard, d.dropped, _always_fold(shard, d.dropped, settings))
+        after = topology.released_weight(shard, d.dropped, _always_fold(shard, d.dropped, config))
         whole = slice(0, after.numel(), 1)
-        score = GROW[settings.grow](_inputs(shard, shard.weight, whole))
-        sensitivity = PRUNE[settings.prune](_inputs(shard, after, whole))
+        score = GROW[config.grow](_inputs(shard, shard.weight, whole))
+        sensitivity = PRUNE[config.prune](_inputs(shard, after, whole))
         held = shard.flags(shard.position[_staying(d)])
         m = shard.pattern[1]
         candidate, d.victim = pattern.swap_candidates(score, sensitivity, shard.live, held, m)
     else:
-        among_all = shard.pattern is None and settings.grow_among == "all"
+        among_all = shard.pattern is None and config.grow_among == "all"
         candidate = torch.ones_like(shard.live) if among_all else shard.live.clone()
         candidate[staying] = False
 
     def make(where: slice) -> torch.Tensor:
-        score = GROW[settings.grow](_inputs(shard, shard.weight, where))
+        score = GROW[config.grow](_inputs(shard, shard.weight, where))
         return topology.masked_keys(radix.largest_first(score), candidate[where])
 
     return KeysOnDemand(candidate.numel(), candidate.device, make)
 
 
-def _release(
-    drafts: list[_Draft], scope: list[int], settings: EventSettings, ranks: Ranks
-) -> list[int]:
+def _release(drafts: list[_Draft], scope: list[int], config: SeftConfig, ranks: Ranks) -> list[int]:
     """3. Release. Returns how many live positions each scope has too many afterwards.
 
     No more positions may die than come alive, or the count could not be restored: of those that would,
     the ones with the largest |δ| fold. Without `adapt` there is no count to restore: all of them die.
     """
     for d in drafts:
-        d.folded = _always_fold(d.shard, d.released, settings)
+        d.folded = _always_fold(d.shard, d.released, config)
         d.mortal = d.released[d.shard.born_dead[d.released] & ~d.folded]
     local = [n for d in drafts for n in (int(d.revived.sum()), d.mortal.numel())]
     totals = _sum_each(local, drafts, ranks)
     alive, mortal = _per_group(totals[0::2], scope), _per_group(totals[1::2], scope)
-    deaths = [min(a, m) for a, m in zip(alive, mortal)] if settings.adapt else mortal
+    deaths = [min(a, m) for a, m in zip(alive, mortal)] if config.adapt else mortal
     keys = [topology.drop_keys(d.shard)[d.mortal] for d in drafts]
-    dying = select(keys, scope, deaths, ranks) if settings.release == "revert" else None
+    dying = select(keys, scope, deaths, ranks) if config.release == "revert" else None
     for w, d in enumerate(drafts):
         chosen = d.mortal[dying[w]] if dying is not None else d.mortal[:0]
         d.died = torch.isin(d.released, chosen)
         d.folded |= torch.isin(d.released, d.mortal) & ~d.died
-    return [a - n if settings.adapt else 0 for a, n in zip(alive, deaths)]
+    return [a - n if config.adapt else 0 for a, n in zip(alive, deaths)]
 
 
-def _always_fold(shard: Shard, slots: torch.Tensor, settings: EventSettings) -> torch.Tensor:
+def _always_fold(shard: Shard, slots: torch.Tensor, config: SeftConfig) -> torch.Tensor:
     """Bool (m,): slots that keep their value whatever else happens.
 
     With an N:M pattern a position that was born dead can't die on release: its group would be short.
     """
-    if settings.release == "fold":
+    if config.release == "fold":
         return torch.ones_like(slots, dtype=torch.bool)
     return shard.born_dead[slots] & (shard.pattern is not None)
 
@@ -236,16 +223,16 @@ def _adapt(
     drafts: list[_Draft],
     scope: list[int],
     excess: list[int],
-    settings: EventSettings,
+    config: SeftConfig,
     ranks: Ranks,
 ) -> None:
     """5. Prune the least sensitive live positions that no slot holds, until the count is right."""
-    keys = [_prune_keys(d, settings) for d in drafts]
+    keys = [_prune_keys(d, config) for d in drafts]
     for d, chosen in zip(drafts, select(keys, scope, excess, ranks, few=True)):
         d.pruned = d.shard.lo + chosen
 
 
-def _prune_keys(d: _Draft, settings: EventSettings) -> Keys:
+def _prune_keys(d: _Draft, config: SeftConfig) -> Keys:
     """Pruning keys (n,) of the shard: of live positions that no slot holds, after the release."""
     shard = d.shard
     weight = topology.released_weight(shard, d.released, d.folded)
@@ -257,7 +244,7 @@ def _prune_keys(d: _Draft, settings: EventSettings) -> Keys:
         candidate &= _paying(d)
 
     def make(where: slice) -> torch.Tensor:
-        score = PRUNE[settings.prune](_inputs(shard, weight, where))
+        score = PRUNE[config.prune](_inputs(shard, weight, where))
         return topology.masked_keys(radix.smallest_first(score), candidate[where])
 
     return KeysOnDemand(candidate.numel(), candidate.device, make)

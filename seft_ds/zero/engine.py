@@ -22,7 +22,7 @@ import torch
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.distributed.event import Change, EventSettings, join, plan
+from seft_ds.distributed.event import Change, join, plan
 from seft_ds.errors import RunError
 from seft_ds.schedule import Schedule, resolve_interval
 from seft_ds.sparse import mask
@@ -60,10 +60,6 @@ class SparseEvolution:
         self.states = [WeightState(a, engine, ranks) for a in attached]
         self._slot_ranges = self._learn_slot_ranges()
         self.kernel_costs = self._learn_kernel_costs()
-        self.settings = EventSettings(
-            config.release, config.grow, config.prune, config.scope, config.nm, config.grow_among,
-            config.adapt,
-        )  # fmt: skip
         self.exchanges = Exchanges(self.states, dense, config.scope, ranks)
         self.rates = SlotRates(self.states, ranks, config.lr_scale == "input")
         self.step = 0  # optimizer steps taken
@@ -297,7 +293,7 @@ class SparseEvolution:
         changes: dict[int, Change] = {}
         for rate, group in self._by_rate(ready).items():
             views = [self.states[i].views(deltas[i], self._event_seed(i)) for i in group]
-            planned = iter(plan([v for vs in views for v in vs], rate, self.settings, self.ranks))
+            planned = iter(plan([v for vs in views for v in vs], rate, self.config, self.ranks))
             for i, parts in zip(group, views, strict=True):
                 changes[i] = join([next(planned) for _ in parts])
         before = self._held_live(ready)
