@@ -104,17 +104,19 @@ def peak_of(profile: Any) -> int:
 
     The profiler's own total doesn't see what other threads free, such as gloo's, and grows with every
     message. So allocations are followed by their address: an address that is given out again was free.
+    The copies that gloo's threads make for themselves are left out: NCCL has none.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    begin = min(e["ts"] for e in events if e.get("name") == "steps")
+    begin, thread = min((e["ts"], e["tid"]) for e in events if e.get("name") == "steps")
     memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
     there: dict[int, int] = {}
     total = most = 0
     for e in memory:
         address, size = e["args"]["Addr"], max(0, e["args"]["Bytes"])
+        size *= e["tid"] == thread
         total += size - there.get(address, 0)
         there[address] = size
         if e["ts"] >= begin:
