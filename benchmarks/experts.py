@@ -101,12 +101,13 @@ def event_seconds(matrices: int, positions: int, slots: int) -> dict[str, float]
     from seft_ds.distributed.event import plan
     from tests.ranks import run_threads
 
+    config = SeftConfig(prune="fisher")
     ways = event_views(matrices, positions, slots)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(3):
         for name, views in ways.items():
             started = time.perf_counter()
-            run_threads(1, lambda ranks, v=views: plan(v, 0.2, SeftConfig(), ranks))
+            run_threads(1, lambda ranks, v=views: plan(v, 0.2, config, ranks))
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 

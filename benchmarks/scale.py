@@ -33,6 +33,7 @@ from seft_ds.config import SeftConfig
 from seft_ds.distributed.event import Change, plan
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
+from seft_ds.sparse.curvature import Curvature
 from seft_ds.sparse.shard import shard_range
 from seft_ds.targets import Target
 from seft_ds.zero.weight_state import SlotTable, WeightState
@@ -119,6 +120,11 @@ def share_of(shape: tuple[int, int], density: float, ranks: SilentRanks) -> Weig
     state.slot_shard = SimpleNamespace(lo=0, hi=0, master=torch.empty(0))  # type: ignore[assignment]
     state.n_events = 0
     state.rates = None
+    state.keeps_curvature = True
+    state.curvature = Curvature(*shape, state.live_bits.device)
+    state.curvature.steps = 5
+    for factor in (state.curvature.output, state.curvature.input):
+        factor.uniform_(generator=generator)
     open_window(state, generator)
     return state
 

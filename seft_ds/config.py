@@ -72,7 +72,9 @@ class SeftConfig(BaseModel):
     grow_among: Literal["all", "live"] = Field(
         "all", description="Dead positions compete, or slots move among live ones only."
     )
-    prune: Literal["taylor", "fisher", "magnitude"] = Field("fisher", description="Prune score.")
+    prune: Literal["curvature", "taylor", "fisher", "magnitude"] = Field(
+        "curvature", description="Prune score."
+    )
     adapt: bool = Field(
         True, description="Prune as many as came alive; false: live counts may grow (as in SpIEL)."
     )
@@ -182,6 +184,12 @@ class SeftConfig(BaseModel):
     def in_waves(self) -> bool:
         """Whether weights take turns; `scope: global` rules it out."""
         return self.waves and self.scope == "layer"
+
+    @property
+    def weighs_by_curvature(self) -> bool:
+        """Whether events prune, and by a curvature that windows measure."""
+        prunes = self.drop_fraction > 0 and self.adapt and self.grow_among == "all"
+        return prunes and self.prune == "curvature"
 
 
 def parse_seft(block: Any) -> SeftConfig:

@@ -21,6 +21,7 @@ from seft_ds.targets import Target
 
 HELD = (
     "weights", "deltas", "positions", "gradients", "masters", "moments", "masks", "slot tables", "windows",
+    "curvature",
 )  # fmt: skip
 PASSING = (
     "reduction buffers", "gathered weights", "slot gradients", "exchange", "activations", "window gradients",
@@ -159,6 +160,7 @@ def plan(
         "masks": sum(3 * -(-_owned(t, setup) // 8) for t in targets),
         "slot tables": sum(_table(t, setup) for t in targets),
         "windows": window_bytes(targets, setup, config, total_steps),
+        "curvature": sum(curvature_bytes(t) for t in targets) * config.weighs_by_curvature,
     }
     assert set(held) == set(HELD)
     for part in HELD:
@@ -170,8 +172,7 @@ def plan(
         weighed = sum(_owned(t, setup) for t in free)
         largest = max((_owned(t, setup) for t in free), default=0)
         moved = round(2 * 8 * config.exchange * weighed)
-        # Sums of squares of every output and input, of a step and of the window, whole on every rank.
-        sums = sum(2 * 4 * (t.shape[0] + t.shape[1] * max(1, t.experts)) for t in free)
+        sums = sum(2 * curvature_bytes(t) for t in free)  # of the window, and of a step
         result.device["exchange"] = (
             weighed * _EXCHANGE_BYTES + moved + largest * _EXCHANGE_TRANSIENT + sums
         )
@@ -245,6 +246,11 @@ def _table(target: Target, setup: Setup) -> int:
     """The slots that a rank must know: of what it holds. Under ZeRO-3 about its share of them."""
     known = target.n_slots if setup.stage < 3 else -(-target.n_slots // setup.ranks)
     return known * (_TABLE_BYTES + setup.dtype_bytes)
+
+
+def curvature_bytes(target: Target) -> int:
+    """Sums of squares of every output and input, and how many tokens they are of, whole on every rank."""
+    return 4 * (target.shape[0] + target.shape[1] * max(1, target.experts) + 1)
 
 
 def window_bytes(

@@ -20,6 +20,7 @@ class State:
     G: list[float]
     Q: list[float]
     pattern: tuple[int, int] | None = None
+    product: list[float] | None = None  # of the two factors of the curvature
 
 
 @dataclass
@@ -47,6 +48,9 @@ def prune_score(s: State, p: int, w: float, kind: str) -> float:
         return abs(f32(f32(w) * s.G[p]))
     if kind == "fisher":
         return f32(f32(f32(w) * f32(w)) * s.Q[p])
+    if kind == "curvature":
+        assert s.product is not None
+        return f32(f32(s.product[p] * f32(w)) * f32(w))
     return abs(f32(w))
 
 

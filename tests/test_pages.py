@@ -30,23 +30,15 @@ def test_the_pages_show_the_results_that_are_in_the_files() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "grid, names",
-    [
-        ("smollm2_cpu", ("repair.md", "repair.csv")),
-        ("smollm2_pruners", ("pruners.md", "pruners.csv")),
-        ("smollm2_2of4", ("2of4.md", "2of4.csv")),
-        ("smollm2_ablations", ("ablations.md", "ablations.csv")),
-        ("smollm2_commonsense", ("commonsense.md", "commonsense.csv")),
-    ],
-)
+@pytest.mark.parametrize("name", ["repair", *headline.OTHERS])
 def test_the_results_are_those_of_the_cells(
-    grid: str, names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    grid = f"benchmarks/grids/smollm2_{'cpu' if name == 'repair' else name}.yaml"
     monkeypatch.chdir(headline.ROOT)  # the table names its grid as it was given
-    table, numbers = (tmp_path / name for name in names)
+    table, numbers = tmp_path / f"{name}.md", tmp_path / f"{name}.csv"
     repair.main(
-        [f"benchmarks/grids/{grid}.yaml", "--work", "docs/results/runs", "--report", "--table", str(table),
+        [grid, "--work", "docs/results/runs", "--report", "--table", str(table),
          "--csv", str(numbers), "--figure", str(tmp_path / "figure.png")]
     )  # fmt: skip
     for made in (table, numbers):

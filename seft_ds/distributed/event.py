@@ -299,7 +299,8 @@ def _staying(d: _Draft) -> torch.Tensor:
 def _inputs(shard: Shard, weight: torch.Tensor, where: slice) -> ScoreInputs:
     """Of the positions `where` (with start and step) of a shard whose weights are `weight`."""
     first = shard.lo + where.start
-    return ScoreInputs(weight[where], shard.G[where], shard.Q[where], first, shard.seed, where.step)
+    sums = shard.G[where], shard.Q[where]
+    return ScoreInputs(weight[where], *sums, first, shard.seed, where.step, shard.factors)
 
 
 def _per_group(values: list[int], group: list[int]) -> list[int]:

@@ -11,6 +11,7 @@ and so can't compare rows or layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -28,14 +29,21 @@ class Curvature:
     def __init__(self, out_features: int, in_features: int, device: torch.device, experts: int = 0):
         n_inputs = in_features * max(1, experts)
         self._in_features = in_features
-        # Outputs, inputs, and behind them the number of rows of x.
-        self.step_sums = torch.zeros(out_features + n_inputs + 1, device=device)
+        self._step_sums: torch.Tensor | None = None  # between steps there are none
         self.output = torch.zeros(out_features, device=device)  # fp32 (out,)
         self.input = torch.zeros(n_inputs, device=device)  # fp32 (in,), or (experts · in,)
         self.rows = torch.zeros((), device=device)
         self.steps = 0
 
     uses_product = False
+
+    @property
+    def step_sums(self) -> torch.Tensor:
+        """Of this step: outputs, inputs, and behind them the number of rows of x."""
+        if self._step_sums is None:
+            n = self.output.numel() + self.input.numel() + 1
+            self._step_sums = self.output.new_zeros(n)
+        return self._step_sums
 
     def add(
         self,
@@ -45,14 +53,14 @@ class Curvature:
         product: torch.Tensor | None = None,
     ) -> None:
         """One micro-batch. dy: (tokens, out); x: (tokens, in); ends: where each expert's tokens end."""
-        split = self.output.numel()
-        self.step_sums[-1] += len(x)
+        split, sums = self.output.numel(), self.step_sums
+        sums[-1] += len(x)
         if ends is None:
-            self.step_sums[:split] += _sum_of_squares(dy)
-            self.step_sums[split:-1] += _sum_of_squares(x)
+            sums[:split] += _sum_of_squares(dy)
+            sums[split:-1] += _sum_of_squares(x)
             return
-        output = self.step_sums[:split].view(len(ends), -1)
-        input = self.step_sums[split:-1].view(len(ends), -1)
+        output = sums[:split].view(len(ends), -1)
+        input = sums[split:-1].view(len(ends), -1)
         begin = 0
         for expert, end in enumerate(ends):
             if end > begin:
@@ -67,15 +75,39 @@ class Curvature:
         self.input += self.step_sums[split:-1]
         self.rows += self.step_sums[-1]
         self.steps += 1
-        self.step_sums.zero_()
+        self._step_sums = None
 
     def mean_square_inputs(self) -> torch.Tensor:
         """fp32 (in,): mean of x² over the rows of all steps, and of all experts alike."""
         return self.input.view(-1, self._in_features).sum(0) / self.rows.clamp(min=1)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds between steps, whole on every rank."""
+        return [self.output, self.input, self.rows]
+
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""
-        self.step_sums.zero_()
+        self._step_sums = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two vectors of one matrix whose first entry is at flat position `origin` of its weight."""
+
+    origin: int
+    output: torch.Tensor  # fp32 (out,)
+    input: torch.Tensor  # fp32 (in,)
+
+    def worth(self, weight: torch.Tensor, first: int, step: int = 1) -> torch.Tensor:
+        """`worth` of values (n,) at the flat positions first, first + step, ..."""
+        first -= self.origin
+        if step == 1:
+            return worth(weight, first, self.output, self.input)
+        at = first + step * torch.arange(weight.numel(), device=weight.device)
+        row = at.div(self.input.numel(), rounding_mode="floor")
+        product = self.output[row] * self.input[at - row * self.input.numel()]
+        value = weight.float()
+        return product.mul_(value).mul_(value)
 
 
 def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from seft_ds.sparse.curvature import Factors
 from seft_ds.sparse.radix import KEY_MAX
 
 
@@ -25,6 +26,7 @@ class ScoreInputs:
     lo: int  # flat position in the weight of the first of them
     seed: int  # differs between weights and events
     step: int = 1  # from one position to the next
+    factors: Factors | None = None  # of the curvature, if it was measured
 
 
 Score = Callable[[ScoreInputs], torch.Tensor]
@@ -70,6 +72,13 @@ def fisher(inputs: ScoreInputs) -> torch.Tensor:
     return inputs.weight.float().square().mul_(inputs.Q)
 
 
+def curvature(inputs: ScoreInputs) -> torch.Tensor:
+    """w² · E[dy²] · E[x²]: as `fisher`, but from two vectors a layer (`seft_ds.sparse.curvature`), which are
+    means over the tokens of all windows so far, where Q knows a few steps."""
+    assert inputs.factors is not None
+    return inputs.factors.worth(inputs.weight, inputs.lo, inputs.step)
+
+
 def weight_magnitude(inputs: ScoreInputs) -> torch.Tensor:
     """|w|."""
     return inputs.weight.float().abs()
@@ -81,7 +90,12 @@ GROW: dict[str, Score] = {
     "gain": gain,
     "random": random_score,
 }
-PRUNE: dict[str, Score] = {"taylor": taylor, "fisher": fisher, "magnitude": weight_magnitude}
+PRUNE: dict[str, Score] = {
+    "curvature": curvature,
+    "taylor": taylor,
+    "fisher": fisher,
+    "magnitude": weight_magnitude,
+}
 
 
 def hash_keys(position: torch.Tensor, seed: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from seft_ds.sparse import radix
+from seft_ds.sparse.curvature import Factors
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Shard:
     pattern: tuple[int, int] | None = None
     # One matrix of one expert: if no token reached it in the window, it is left as it is.
     may_idle: bool = False
+    factors: Factors | None = None  # of the curvature, if it was measured
 
     def index(self, position: torch.Tensor) -> torch.Tensor:
         return position - self.lo

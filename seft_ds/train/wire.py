@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed import selection
-from seft_ds.memory import Setup
+from seft_ds.memory import Setup, curvature_bytes
 from seft_ds.schedule import resolve_interval
 from seft_ds.sparse import radix
 from seft_ds.targets import Target
@@ -52,8 +52,10 @@ def wire_bytes(
         result["write-through"] = 4 * share * moved * (setup.stage > 0)
     if own and config.drop_fraction:
         interval = resolve_interval(config.interval, config.window, total_steps)
-        entries = sum(t.numel for t in targets) * min(1.0, config.window / interval)
-        result["windows"] = 4 * share * entries * micro_batches
+        entries, open_share = sum(t.numel for t in targets), min(1.0, config.window / interval)
+        result["windows"] = 4 * share * entries * open_share * micro_batches
+        if config.weighs_by_curvature:
+            result["curvature"] = 2 * share * sum(map(curvature_bytes, targets)) * open_share
         result["events"] = share * sum(_event(t, config) for t in targets) / interval
     return result
 

@@ -60,6 +60,8 @@ class SparseEvolution:
         self.states = [WeightState(a, engine, ranks) for a in attached]
         self._slot_ranges = self._learn_slot_ranges()
         self.kernel_costs = self._learn_kernel_costs()
+        for state in self.states:
+            state.keeps_curvature = config.weighs_by_curvature
         self.exchanges = Exchanges(self.states, dense, config.scope, ranks)
         self.rates = SlotRates(self.states, ranks, config.lr_scale == "input")
         self.step = 0  # optimizer steps taken
@@ -201,10 +203,9 @@ class SparseEvolution:
         weighed = self.exchanges.states if self.schedule.in_exchange_window(self.step + 1) else []
         measured = {id(s) for s in (self.states if self.rates.missing else weighed)}
         for state in self.states:
-            if id(state) in measured:
-                state.begin_curvature()
-            else:
-                state.curvature = None
+            weighs = state.keeps_curvature and state.window is not None
+            state.measures = weighs or id(state) in measured
+            state.begin_curvature() if state.measures else state.end_curvature()
 
     # Deltas into weights.
 

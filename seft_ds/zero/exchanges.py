@@ -72,7 +72,7 @@ class Exchanges:
 
     def _close(self) -> None:
         for state in self.states:
-            state.curvature = None
+            state.end_curvature()
 
     def _totals(self, counts: list[list[int]]) -> list[list[int]]:
         """Counts of each weight over all ranks, behind them its live positions and those whose live bit

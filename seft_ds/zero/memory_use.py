@@ -26,6 +26,7 @@ def held(engine: Any) -> dict[str, int]:
     flats = optimizer_state.flats([s.slot_shard for s in states])
     masters = [f.parts[0][1].flat for f in flats]
     windows = [s.window for s in states if s.window is not None]
+    kept = [s.curvature for s in states if s.curvature is not None and s.keeps_curvature]
     tensors: dict[str, Iterable[torch.Tensor | None]] = {
         "weights": _pieces(frozen),
         "deltas": _pieces([p for p in named.values() if id(p) in deltas]),
@@ -40,6 +41,7 @@ def held(engine: Any) -> dict[str, int]:
             for t in (s.slots.position, s.slots.slot, s.slots.base, s.slots.born_dead)
         ],
         "windows": [t for w in windows for t in w.tensors()],
+        "curvature": [t for c in kept for t in c.tensors()],
     }
     assert set(tensors) == set(HELD)
     return {part: _bytes(tensors[part]) for part in HELD}

@@ -17,7 +17,7 @@ from seft_ds.distributed.exchange import Exchange, Stakes
 from seft_ds.distributed.selection import gather_lists
 from seft_ds.distributed.window import Window
 from seft_ds.sparse import mask
-from seft_ds.sparse.curvature import Curvature, worth
+from seft_ds.sparse.curvature import Curvature, Factors
 from seft_ds.sparse.kernel_costs import KernelCosts, Problem
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import Shard
@@ -72,6 +72,8 @@ class WeightState:
         self.slot_shard = optimizer_state.find(engine, self.delta, ranks.rank, ranks.size)
         self.window: Window | None = None
         self.curvature: Curvature | None = None
+        self.measures = False  # whether the coming step adds to it
+        self.keeps_curvature = False  # events weigh by it, and every window adds to it
         self.rates: torch.Tensor | None = None  # fp32 (in,): on the learning rate, by input
         self.n_events = 0
         # Moments of fresh slots beyond what their 8-bit block holds, so far, of the slots optimized here.
@@ -116,7 +118,8 @@ class WeightState:
 
     # What SeftLinear and SeftExperts ask for.
     def open_sinks(self) -> list[Window | Curvature]:
-        return [sink for sink in (self.window, self.curvature) if sink is not None]
+        curvature = self.curvature if self.measures else None
+        return [sink for sink in (self.window, curvature) if sink is not None]
 
     def kernel(self, tokens: int) -> str:
         return self.kernel_costs.fastest(self.problem, tokens, self.live_bits.device)
@@ -131,6 +134,11 @@ class WeightState:
             self.curvature = Curvature(
                 *self.target.shape, self.live_bits.device, self.target.experts
             )
+
+    def end_curvature(self) -> None:
+        """What it was measured for is done."""
+        if not self.keeps_curvature:
+            self.curvature = None
 
     def rates_at(self, position: torch.Tensor) -> torch.Tensor | None:
         """fp32 (k,): the factors on the learning rate of slots at `position` (k,); None: all are 1."""
@@ -188,6 +196,7 @@ class WeightState:
         moved, rates = delta[self.slots.slot], self.rates_at(self.slots.position)
         if rates is not None:
             moved /= rates
+        factors = self._factors() if self.keeps_curvature else [None] * len(ranges)
         views = []
         for p, ((begin, end), n_slots) in enumerate(
             zip(ranges, self.target.slots_by_part, strict=True)
@@ -209,6 +218,7 @@ class WeightState:
                 seed=seed,
                 pattern=self.target.pattern,
                 may_idle=self.target.experts > 0,
+                factors=factors[p],
             )
             views.append(view)
         return views
@@ -232,6 +242,17 @@ class WeightState:
         self.fresh_rates = self.rates_at(change.fresh)
         self.window = None
 
+    def _factors(self) -> list[Factors]:
+        """The curvature's two vectors of each part, as means over the steps that were measured."""
+        assert self.curvature is not None
+        output = self.curvature.output.view(self.target.n_parts, -1) / self.curvature.steps
+        input = self.curvature.input.view(max(1, self.target.experts), -1) / self.curvature.steps
+        matrices = len(output) // len(input)  # gate and up of an expert read the same
+        return [
+            Factors(p * self.target.part_numel, output[p], input[p // matrices])
+            for p in range(self.target.n_parts)
+        ]
+
     def stakes(self, dense: DenseModel) -> list[Stakes]:
         """This rank's view of each part for an exchange. A weight comes back as it was in `dense`."""
         assert self.curvature is not None and self.multiple == 1
@@ -240,13 +261,11 @@ class WeightState:
         before = dense.read(self.target.name, lo, lo + weight.numel()).to(weight.dtype)
         value = torch.where(live, weight.to(device), before.to(device))
         held_at = self.slots.position[self.slots.between(self.lo, self.hi)]
-        output = self.curvature.output.view(self.target.n_parts, -1)
-        input = self.curvature.input.view(max(1, self.target.experts), -1)
-        matrices = len(output) // len(input)  # gate and up of an expert read the same
         found = []
-        for p, (begin, end) in enumerate(self.target.part_ranges(lo, lo + weight.numel())):
-            first = max(0, begin - p * self.target.part_numel)
-            score = worth(value[begin - lo : end - lo], first, output[p], input[p // matrices])
+        for factors, (begin, end) in zip(
+            self._factors(), self.target.part_ranges(lo, lo + weight.numel()), strict=True
+        ):
+            score = factors.worth(value[begin - lo : end - lo], max(begin, factors.origin))
             held = held_at[(held_at >= begin) & (held_at < end)] - begin
             found.append(Stakes(score, mask.cut(self.live_bits, begin - lo, end - lo), held))
         return found
@@ -313,7 +332,7 @@ class WeightState:
 
 def finish_curvature(states: list[WeightState], applied: bool, ranks: Ranks) -> None:
     """Close the step of the weights that are measured: one sum over the ranks, of two vectors a weight."""
-    measured = [c for s in states if (c := s.curvature) is not None]
+    measured = [s.curvature for s in states if s.curvature is not None and s.measures]
     if not measured:
         return
     if not applied:

@@ -43,6 +43,10 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
             found[f"{name}.window_steps"] = torch.tensor(state.window.steps)
             found[f"{name}.G"] = torch.cat(seft.ranks.gather(state.window.G))
             found[f"{name}.Q"] = torch.cat(seft.ranks.gather(state.window.Q))
+        if state.curvature is not None:
+            found[f"{name}.curvature_steps"] = torch.tensor(state.curvature.steps)
+            found[f"{name}.output"] = state.curvature.output.clone()
+            found[f"{name}.input"] = state.curvature.input.clone()
         if state.fresh_slots is not None:
             found[f"{name}.fresh"] = state.fresh_slots
     steps = [s.slot_shard.steps() for s in seft.states if s.slot_shard.steps() is not None]

@@ -24,11 +24,11 @@ STEPS = 14
 FULL = bool(os.environ.get("SEFT_FULL"))
 # What exercises the state: events in waves with a window of 3 every 5 steps, moments, folds and reverts.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fold": {},
+    "fold": {"prune": "curvature"},
     "revert": {"release": "revert", "grow": "random", "start": "gradient"},
     "global": {"scope": "global", "waves": False, "release": "revert"},
-    "2:4": {"release": "revert"},
-    "reference": {"checkpoint_base": "reference", "prune": "fisher"},
+    "2:4": {"release": "revert", "prune": "curvature"},
+    "reference": {"checkpoint_base": "reference"},
     "8bit": {"density": 0.1},  # bitsandbytes: several 8-bit blocks on each rank
 }
 

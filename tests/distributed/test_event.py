@@ -10,12 +10,15 @@ import torch
 
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.event import join, plan
+from seft_ds.sparse.curvature import Factors
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import Shard
 from tests import reference
 from tests.ranks import run_threads
 
 RANKS = [1, 2, 3, 4, 7]
+SCORES = ["curvature", "taylor", "fisher"]
+COLUMNS = 4  # of the weights, for the curvature's factors
 
 
 def random_state(n: int, k: int, seed: int, kind: str, pattern: tuple[int, int] | None):
@@ -44,9 +47,11 @@ def random_state(n: int, k: int, seed: int, kind: str, pattern: tuple[int, int] 
     weight = base.clone()
     weight[slots] += delta
     G = draw()
+    output, input = draw()[: -(-n // COLUMNS)].square(), draw()[:COLUMNS].square()
     return {
         "weight": weight, "live": live, "slots": slots, "delta": delta, "base": base[slots],
         "born_dead": born_dead, "G": G, "Q": G.square() * 1.5, "pattern": pattern,
+        "factors": Factors(0, output, input),
     }  # fmt: skip
 
 
@@ -61,7 +66,13 @@ def as_reference(s: dict) -> reference.State:
         G=s["G"].tolist(),
         Q=s["Q"].tolist(),
         pattern=s["pattern"],
+        product=product_of(s["factors"], s["weight"].numel()) if "factors" in s else None,
     )
+
+
+def product_of(factors: Factors, n: int) -> list[float]:
+    output, input = factors.output.tolist(), factors.input.tolist()
+    return [reference.f32(output[p // COLUMNS] * input[p % COLUMNS]) for p in range(n)]
 
 
 def as_shard(s: dict, name: str, rank: int, size: int) -> Shard:
@@ -73,7 +84,7 @@ def as_shard(s: dict, name: str, rank: int, size: int) -> Shard:
         name=name, lo=lo, weight=s["weight"][lo:hi], live=s["live"][lo:hi],
         G=s["G"][lo:hi].clone(), Q=s["Q"][lo:hi].clone(), position=s["slots"][mine], slot=mine,
         delta=s["delta"][mine], base=s["base"][mine], born_dead=s["born_dead"][mine],
-        n_slots=s["slots"].numel(), seed=0, pattern=s["pattern"],
+        n_slots=s["slots"].numel(), seed=0, pattern=s["pattern"], factors=s.get("factors"),
     )  # fmt: skip
 
 
@@ -128,7 +139,9 @@ def check(states: list[dict], size: int, rate: float, **kw) -> int:
 def test_unstructured(size: int, kind: str) -> None:
     revived = 0
     for i, (release, prune, scope, rate) in enumerate(
-        itertools.product(["fold", "revert"], ["taylor", "fisher"], ["layer", "global"], [0.3, 1.0])
+        itertools.product(
+            ["fold", "revert"], ["curvature", "taylor", "fisher"], ["layer", "global"], [0.3, 1.0]
+        )
     ):
         # Sizes that no rank count divides, one weight smaller than the rank count, K = 1.
         shape = [(97, 11), (61, 20), (5, 1)]
@@ -168,7 +181,9 @@ def test_among_live_positions_only_slots_move(kind: str) -> None:
 def test_pattern(size: int, nm: str, kind: str) -> None:
     revived = 0
     for i, (release, prune, scope) in enumerate(
-        itertools.product(["fold", "revert"], ["taylor", "fisher"], ["layer", "global"])
+        itertools.product(
+            ["fold", "revert"], ["curvature", "taylor", "fisher"], ["layer", "global"]
+        )
     ):
         states = [
             random_state(24, 5, i, kind, (2, 4)),

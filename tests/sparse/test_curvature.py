@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seft_ds.sparse.curvature import Curvature, worth
+from seft_ds.sparse.curvature import Curvature, Factors, worth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,6 +22,18 @@ def test_sums_over_the_tokens_of_finished_steps(dtype: torch.dtype) -> None:
     torch.testing.assert_close(curvature.output, sum(dy.float().square().sum(0) for dy, _ in kept))
     torch.testing.assert_close(curvature.input, sum(x.float().square().sum(0) for _, x in kept))
     assert curvature.steps == 2 and not curvature.step_sums.any()
+
+
+@pytest.mark.parametrize("step", [1, 2, 7])
+@pytest.mark.parametrize("first", [30, 31, 44])
+def test_factors_know_where_their_matrix_begins(first: int, step: int) -> None:
+    g = torch.Generator().manual_seed(4)
+    weight, output, input = (torch.randn(n, generator=g) for n in (15, 5, 3))
+    factors = Factors(30, output.square(), input.square())
+    at = torch.arange(first, 45, step) - 30
+    found = factors.worth(weight[at], first, step)
+    wanted = weight[at].square() * output[at // 3].square() * input[at % 3].square()
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("lo", "hi"), [(0, 15), (0, 4), (1, 2), (2, 13), (6, 9), (14, 15), (7, 7)])

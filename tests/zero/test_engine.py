@@ -34,6 +34,7 @@ def config(stage: int, bf16: bool = False, **seft) -> dict:
             "total_steps": STEPS,
             "seed": 1,
             "nm": "swap",
+            "prune": "fisher",
             **({} if "dense_model" in seft else {"drop_fraction": 0.2}),
             **seft,
         },
@@ -135,9 +136,9 @@ def train_all(size: int) -> dict:
         [
             {},
             {"waves": False},
-            {"release": "revert"},
+            {"release": "revert", "prune": "curvature"},
             {"scope": "global"},
-            {"prune": "fisher", "start": "gradient"},
+            {"prune": "curvature", "start": "gradient"},
         ]
     )
     return {
