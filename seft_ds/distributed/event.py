@@ -227,6 +227,10 @@ def _adapt(
     ranks: Ranks,
 ) -> None:
     """5. Prune the least sensitive live positions that no slot holds, until the count is right."""
+    if not any(excess):  # as every rank knows
+        for d in drafts:
+            d.pruned = d.shard.position[:0]
+        return
     keys = [_prune_keys(d, config) for d in drafts]
     for d, chosen in zip(drafts, select(keys, scope, excess, ranks, few=True)):
         d.pruned = d.shard.lo + chosen
