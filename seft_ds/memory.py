@@ -249,8 +249,8 @@ def _table(target: Target, setup: Setup) -> int:
 
 
 def curvature_bytes(target: Target) -> int:
-    """Sums of squares of every output and input, and how many tokens they are of, whole on every rank."""
-    return 4 * (target.shape[0] + target.shape[1] * max(1, target.experts) + 1)
+    """A number for every output and input, whole on every rank."""
+    return 4 * (target.shape[0] + target.shape[1] * max(1, target.experts))
 
 
 def window_bytes(

@@ -155,8 +155,8 @@ def test_the_table_of_configs_is_the_planners() -> None:
 def test_an_exchange_weighs_every_position_but_those_of_patterns() -> None:
     config = parse_seft({"dense_model": "dense"})
     got = plan(TARGETS, [], Setup(3, 2), config, 100).device["exchange"]
-    # The halves of a and c; of each two sums of squares for every output and input, and of two counts.
-    sums = 4 * (2 * (8 + 12 + 4 + 4) + 2 * 2)
+    # The halves of a and c, and of each two sums of squares for every output and input.
+    sums = 2 * 4 * (8 + 12 + 4 + 4)
     assert got == (48 + 8) * 4 + round(16 * 0.05 * 56) + 48 * 22 + sums
     assert "exchange" not in plan(TARGETS, [], Setup(3, 2), parse_seft({}), 100).device
 

@@ -17,7 +17,10 @@ import torch
 
 
 class Curvature:
-    """Σ dy² of each output and Σ x² of each input of one layer, over the tokens of a few steps.
+    """Means of dy² of each output and of x² of each input of one layer over a step's tokens, summed over steps.
+
+    dy is that of a token's own loss: from the mean over a rank's tokens comes a part of it, which is undone
+    here. So a step weighs the same however many ranks share its tokens.
 
     Of a fused weight (`seft_ds.sparse.experts`) the outputs are those of all experts, one after the other,
     and every expert has inputs of its own: those of the tokens that reach it.
@@ -32,7 +35,6 @@ class Curvature:
         self._step_sums: torch.Tensor | None = None  # between steps there are none
         self.output = torch.zeros(out_features, device=device)  # fp32 (out,)
         self.input = torch.zeros(n_inputs, device=device)  # fp32 (in,), or (experts · in,)
-        self.rows = torch.zeros((), device=device)
         self.steps = 0
 
     uses_product = False
@@ -68,22 +70,22 @@ class Curvature:
                 input[expert] += _sum_of_squares(x[begin:end])
             begin = end
 
-    def finish_step(self) -> None:
+    def finish_step(self, ranks: int = 1) -> None:
         """Close one optimizer step, whose sums hold those of all ranks by now."""
-        split = self.output.numel()
-        self.output += self.step_sums[:split]
-        self.input += self.step_sums[split:-1]
-        self.rows += self.step_sums[-1]
+        split, rows = self.output.numel(), self.step_sums[-1].clamp(min=1)
+        # A rank's loss is the mean over rows / ranks of them: Σ (dy · rows / ranks)² / rows.
+        self.output += self.step_sums[:split] * (rows / ranks**2)
+        self.input += self.step_sums[split:-1] / rows
         self.steps += 1
         self._step_sums = None
 
     def mean_square_inputs(self) -> torch.Tensor:
         """fp32 (in,): mean of x² over the rows of all steps, and of all experts alike."""
-        return self.input.view(-1, self._in_features).sum(0) / self.rows.clamp(min=1)
+        return self.input.view(-1, self._in_features).sum(0) / max(1, self.steps)
 
     def tensors(self) -> list[torch.Tensor]:
         """What it holds between steps, whole on every rank."""
-        return [self.output, self.input, self.rows]
+        return [self.output, self.input]
 
     def discard_step(self) -> None:
         """Forget the step: the optimizer skipped it."""

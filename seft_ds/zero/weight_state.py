@@ -343,4 +343,4 @@ def finish_curvature(states: list[WeightState], applied: bool, ranks: Ranks) -> 
     parts = sums.split([c.step_sums.numel() for c in measured])
     for curvature, part in zip(measured, parts, strict=True):
         curvature.step_sums.copy_(part)
-        curvature.finish_step()
+        curvature.finish_step(ranks.size)

@@ -9,7 +9,7 @@ from seft_ds.sparse.curvature import Curvature, Factors, worth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_over_the_tokens_of_finished_steps(dtype: torch.dtype) -> None:
+def test_means_over_the_tokens_of_finished_steps(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     curvature = Curvature(5, 3, torch.device("cpu"))
     batches = [(torch.randn(7, 5, generator=g), torch.randn(7, 3, generator=g)) for _ in range(4)]
@@ -18,10 +18,30 @@ def test_sums_over_the_tokens_of_finished_steps(dtype: torch.dtype) -> None:
         for dy, x in step:
             curvature.add(dy, x)
         curvature.finish_step() if finished else curvature.discard_step()
-    kept = [batches[i] for i in (0, 1, 3)]
-    torch.testing.assert_close(curvature.output, sum(dy.float().square().sum(0) for dy, _ in kept))
-    torch.testing.assert_close(curvature.input, sum(x.float().square().sum(0) for _, x in kept))
+    output = input = 0.0
+    for step in (batches[:2], batches[3:]):
+        dy, x = (torch.cat(parts).float() for parts in zip(*step, strict=True))
+        output = output + (dy * len(dy)).square().mean(0)  # of a token's own loss, not of a mean
+        input = input + x.square().mean(0)
+    torch.testing.assert_close(curvature.output, output)
+    torch.testing.assert_close(curvature.input, input)
     assert curvature.steps == 2 and not curvature.step_sums.any()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_step_weighs_the_same_on_any_number_of_ranks(copies: bool) -> None:
+    """Three ranks share the tokens, each with the mean loss of its own; or all have the same ones."""
+    g = torch.Generator().manual_seed(5)
+    dy, x = torch.randn(6, 5, generator=g), torch.randn(6, 3, generator=g)
+    one, three = (Curvature(5, 3, torch.device("cpu")) for _ in range(2))
+    one.add(dy, x)
+    one.finish_step()
+    for rank in range(3):
+        mine = slice(None) if copies else slice(2 * rank, 2 * rank + 2)
+        three.add(dy[mine] * (1 if copies else 3), x[mine])
+    three.finish_step(3)
+    torch.testing.assert_close(three.output, one.output)
+    torch.testing.assert_close(three.input, one.input)
 
 
 @pytest.mark.parametrize("step", [1, 2, 7])
@@ -70,6 +90,8 @@ def test_every_expert_has_inputs_of_its_own() -> None:
     curvature.finish_step()
     for e, rows in enumerate((slice(0, 3), slice(3, 3), slice(3, 9))):
         torch.testing.assert_close(
-            curvature.output[4 * e : 4 * e + 4], 2 * dy[rows].square().sum(0)
+            curvature.output[4 * e : 4 * e + 4], 18 * 2 * dy[rows].square().sum(0)
         )
-        torch.testing.assert_close(curvature.input[2 * e : 2 * e + 2], 2 * x[rows].square().sum(0))
+        torch.testing.assert_close(
+            curvature.input[2 * e : 2 * e + 2], 2 * x[rows].square().sum(0) / 18
+        )
