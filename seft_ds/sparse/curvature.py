@@ -17,7 +17,7 @@ import torch
 
 
 class Curvature:
-    """Means of dy² of each output and of x² of each input of one layer over a step's tokens, summed over steps.
+    """Means of dy² of each output and x² of each input of one layer over a step's tokens, summed over steps.
 
     dy is that of a token's own loss: from the mean over a rank's tokens comes a part of it, which is undone
     here. So a step weighs the same however many ranks share its tokens.
