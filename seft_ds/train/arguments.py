@@ -155,7 +155,10 @@ class RunArguments(SFTConfig):
             "help": "no, steps, epoch; auto: ten times a run if there is something to evaluate"
         },
     )
-    save_strategy: str = field(default="no", metadata={"help": "no, steps or epoch"})
+    save_strategy: str = field(
+        default="auto",
+        metadata={"help": "no, steps or epoch; auto: steps if --save_steps is given, else no"},
+    )
     log_level_replica: str = field(
         default="error", metadata={"help": "of other ranks than the first of each machine"}
     )
@@ -193,6 +196,9 @@ def parse(argv: list[str]) -> Arguments:
         allow_abbrev=False,
     )
     values = vars(parser.parse_args(argv))
+    if values["save_strategy"] == "auto":
+        asked = any(flag.partition("=")[0] == "--save_steps" for flag in argv)
+        values["save_strategy"] = "steps" if asked else "no"
     if not values.get("deepspeed"):
         raise ValueError(
             "SEFT runs on DeepSpeed: give a config, for example --deepspeed ds_configs/zero3.json"
@@ -267,7 +273,7 @@ def _check_method(values: dict[str, Any]) -> None:
         if values["resume"] != "never" or values["save_strategy"] != "no":
             raise ValueError(
                 f"--method {name} is not resumed: DeepSpeed's own checkpoints of it would fit one number of "
-                "ranks only and are not checked here; leave out --resume and --save_strategy"
+                "ranks only and are not checked here; leave out --resume, --save_strategy and --save_steps"
             )
         alpha, dropout = values["lora_alpha"], values["lora_dropout"]
         if (alpha is not None and alpha <= 0) or (dropout is not None and not 0 <= dropout < 1):

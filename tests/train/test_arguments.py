@@ -75,6 +75,15 @@ def test_bad_flags_are_named(tmp_path: Path, flags: list[str], said: str) -> Non
     assert said in str(caught.value)
 
 
+def test_when_a_run_saves_checkpoints(tmp_path: Path) -> None:
+    plain = base(tmp_path)
+    assert parse(plain).run.save_strategy == "no"
+    run = parse([*plain, "--save_steps", "5"]).run
+    assert (run.save_strategy, run.save_steps) == ("steps", 5)
+    assert parse([*plain, "--save_steps=5"]).run.save_strategy == "steps"
+    assert parse([*plain, "--save_steps", "5", "--save_strategy", "no"]).run.save_strategy == "no"
+
+
 def test_when_a_run_is_evaluated(tmp_path: Path) -> None:
     plain = base(tmp_path)
     assert parse(plain).run.eval_strategy == "no"
