@@ -188,7 +188,8 @@ class SeftConfig(BaseModel):
     @property
     def weighs_by_curvature(self) -> bool:
         """Whether events prune, and by a curvature that windows measure."""
-        prunes = self.drop_fraction > 0 and self.adapt and self.grow_among == "all"
+        evolves = self.drop_fraction > 0 or self.start == "gradient"
+        prunes = evolves and self.adapt and self.grow_among == "all"
         return prunes and self.prune == "curvature"
 
 

@@ -138,7 +138,7 @@ def train_all(size: int) -> dict:
             {"waves": False},
             {"release": "revert", "prune": "curvature"},
             {"scope": "global"},
-            {"prune": "curvature", "start": "gradient"},
+            {"prune": "curvature", "start": "gradient", "drop_fraction": 0.0},
         ]
     )
     return {
