@@ -22,10 +22,10 @@ RESULTS = ROOT / "docs" / "results"
 # What a reader of the README wants to know of each method, in its own words.
 WHAT = {
     "seft": "**SEFT**, dense model at hand",
-    "seft+distill": "the same, distilled from it",
-    "evolving": "SEFT without it",
-    "fixed": "the same slots all run",
-    "fixed+distill": "the same slots all run, distilled from the dense model",
+    "seft+distill": "SEFT, dense model at hand, also distilled from it",
+    "evolving": "SEFT without the dense model",
+    "fixed": "as many slots that never move",
+    "fixed+distill": "as many slots that never move, distilled from the dense model",
     "random_grow": "slots grown at random",
     "spiel": "SpIEL",
     "masked_full": "all live weights train",
