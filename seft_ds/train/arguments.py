@@ -197,7 +197,7 @@ def parse(argv: list[str]) -> Arguments:
     )
     values = vars(parser.parse_args(argv))
     if values["save_strategy"] == "auto":
-        asked = any(flag.partition("=")[0] == "--save_steps" for flag in argv)
+        asked = any(flag.partition("=")[0] in ("--save_steps", "--save-steps") for flag in argv)
         values["save_strategy"] = "steps" if asked else "no"
     if not values.get("deepspeed"):
         raise ValueError(

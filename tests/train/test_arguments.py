@@ -81,6 +81,7 @@ def test_when_a_run_saves_checkpoints(tmp_path: Path) -> None:
     run = parse([*plain, "--save_steps", "5"]).run
     assert (run.save_strategy, run.save_steps) == ("steps", 5)
     assert parse([*plain, "--save_steps=5"]).run.save_strategy == "steps"
+    assert parse([*plain, "--save-steps", "5"]).run.save_strategy == "steps"
     assert parse([*plain, "--save_steps", "5", "--save_strategy", "no"]).run.save_strategy == "no"
 
 
