@@ -8,7 +8,6 @@ Exit status: 0, or 2 for a mistake in the input.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.verify import read_record
+from seft_ds.command_line import FlagParser
 from seft_ds.console import run
 from seft_ds.json_file import read_object
 from seft_ds.report.card import measured_in, write_model_card
@@ -25,9 +25,9 @@ from seft_ds.report.journal import JOURNAL_NAME, read_journal
 from seft_ds.report.page import write_report
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """The command line."""
-    found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    found = FlagParser(description=(__doc__ or "").splitlines()[0])
     found.add_argument("folder", help="a sparse model or the directory of its run")
     found.add_argument("--evaluation", nargs="*", default=[], help="files of launch/evaluate.py")
     return found

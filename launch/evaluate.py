@@ -169,11 +169,9 @@ def on_tasks(
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
+    from seft_ds.train.flags import parse_options
 
-    parser = HfArgumentParser(EvaluateArguments, description=(__doc__ or "").splitlines()[0])
-    (options,) = parser.parse_args_into_dataclasses()
-    evaluate(options)
+    evaluate(parse_options(EvaluateArguments, __doc__))
 
 
 if __name__ == "__main__":

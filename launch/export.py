@@ -7,18 +7,18 @@ At most one weight and one output shard are in memory. Exit status: 0, or 2 for 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.from_checkpoint import export_checkpoint
+from seft_ds.command_line import FlagParser
 from seft_ds.console import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="RUN/checkpoint-N")
     parser.add_argument("--output_dir", required=True, help="where the model goes")
     parser.add_argument(

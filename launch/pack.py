@@ -9,7 +9,6 @@ the input, damage included; 1 if the disk is full or the like.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -18,13 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.packing import Packing, pack, unpack
+from seft_ds.command_line import FlagParser
 from seft_ds.console import run
 from seft_ds.errors import RunError
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """The command line."""
-    top = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    top = FlagParser(description=(__doc__ or "").splitlines()[0])
     ways = top.add_subparsers(dest="way", required=True)
     for way, help_ in (("pack", "model folder to packed form"), ("unpack", "and back")):
         sub = ways.add_parser(way, help=help_)

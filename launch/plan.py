@@ -184,14 +184,10 @@ def tell_fit(options: PlanArguments, needed_bytes: int, ways: list[str]) -> None
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
-    from seft_ds.train.flags import split_seft_flags
+    from seft_ds.train.flags import parse_options, split_seft_flags
 
     rest, seft_flags = split_seft_flags(sys.argv[1:])
-    parser = HfArgumentParser(PlanArguments, description=(__doc__ or "").splitlines()[0])
-    (options,) = parser.parse_args_into_dataclasses(args=rest)
-    show(options, seft_flags)
+    show(parse_options(PlanArguments, __doc__, rest), seft_flags)
 
 
 if __name__ == "__main__":

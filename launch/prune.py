@@ -358,11 +358,9 @@ def report(record: dict[str, Any], output: Path) -> None:
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
+    from seft_ds.train.flags import parse_options
 
-    parser = HfArgumentParser(PruneArguments, description=(__doc__ or "").splitlines()[0])
-    (options,) = parser.parse_args_into_dataclasses()
-    prune(options)
+    prune(parse_options(PruneArguments, __doc__))
 
 
 if __name__ == "__main__":

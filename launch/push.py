@@ -8,7 +8,6 @@ Exit status: 0; 2 for a mistake in the input or a model that does not hold; 1 if
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.hub import files_to_push, push
+from seft_ds.command_line import FlagParser
 from seft_ds.console import run
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """The command line."""
-    found = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    found = FlagParser(description=(__doc__ or "").splitlines()[0])
     found.add_argument("folder", help="a sparse model, or its packed form")
     found.add_argument("--repo_id", required=True, help="OWNER/NAME")
     found.add_argument("--revision", help="a branch, made if it is not there")

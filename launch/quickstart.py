@@ -10,7 +10,6 @@ worked and the sparsity held, 1 if not, 2 for a mistake in the input.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -25,6 +24,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from seft_ds.command_line import FlagParser
+
 BIN = Path(sys.executable).parent  # of the virtual environment that runs this
 
 
@@ -44,12 +47,18 @@ SMOKE = Size(steps=5, calibration_samples=4, windows=4, interval=2, must_fall=1.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "quickstart")
     parser.add_argument("--smoke", action="store_true", help="fewer steps: does everything work?")
     parser.add_argument("--fresh", action="store_true", help="run every step again")
     parser.add_argument("--ranks", type=int, default=2)
-    options = parser.parse_args()
+    try:
+        options = parser.parse_args()
+        if options.ranks < 1:
+            raise ValueError(f"--ranks {options.ranks}: wanted at least 1")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     size = SMOKE if options.smoke else FULL
     home = options.output_dir.resolve()
     work = home / ("smoke" if options.smoke else "full")

@@ -17,7 +17,6 @@ says what went wrong and what to do.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():  # transformers imports deepspeed, which chooses once
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from seft_ds.command_line import FlagParser
 from seft_ds.console import run
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -297,7 +297,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and make the inputs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = FlagParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", required=True, help="folder for the model and the texts")
     prepare(parser.parse_args(arguments).output_dir)
 

@@ -8,7 +8,6 @@ Exit status: 0 if every live count, pattern and digest holds, 1 if any does not 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -17,16 +16,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.verify import TargetCheck, VerifyResult, verify
+from seft_ds.command_line import FlagParser
 from seft_ds.json_file import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, verify, print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = FlagParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", help="a model directory that holds a sparsity.json")
     parser.add_argument("--all", action="store_true", help="a line for every tensor")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         result = verify(options.directory)
     except ValueError as error:
         print(f"error: {printable(str(error), 2000)}", file=sys.stderr)

@@ -22,6 +22,17 @@ Auto = Literal["auto"]
 # Above any real run, and small enough for what is made of them: floats, int64 seeds, loops over a window.
 _MOST = 1 << 40
 _LONGEST_WINDOW = 10_000
+# What stands at the top of a DeepSpeed config.
+_SECTIONS = (
+    """seft zero_optimization bf16 bfloat16 fp16 amp optimizer scheduler gradient_clipping train_batch_size
+    train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print wall_clock_breakdown
+    activation_checkpointing communication_data_type data_types zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer prescale_gradients gradient_predivide_factor sparse_gradients
+    sparse_attention disable_allgather fp32_allreduce dump_state memory_breakdown flops_profiler
+    comms_logger tensorboard wandb comet csv_monitor monitor autotuning elasticity checkpoint pipeline
+    compression_training data_efficiency curriculum_learning aio nebula hybrid_engine compile timers
+    tensor_parallel torch_autocast load_universal_checkpoint use_node_local_storage sequence_parallel_size"""
+).split()
 _TRAINABLE = "live|rank=[1-9][0-9]{0,8}"
 
 
@@ -211,6 +222,16 @@ def parse_seft(block: Any) -> SeftConfig:
         raise ValueError(_explain(error)) from None
 
 
+def check_each(block: dict[str, Any], where: str) -> None:
+    """Raises ValueError, beginning with `where`, for an entry that is wrong whatever the others are."""
+    for name, value in block.items():
+        try:
+            SeftConfig(**{name: value})
+        except ValidationError as error:
+            if error.errors()[0]["loc"]:  # none: it is the combination
+                raise ValueError(f"{where}{_explain(error)}") from None
+
+
 def _explain(error: ValidationError) -> str:
     """One line a setting: what came, what was wanted, what the setting means."""
     wanted: dict[str, list[str]] = {}
@@ -264,9 +285,20 @@ def load_deepspeed_config(source: str | Path | dict) -> dict:
             config = read_object(Path(source), strict=True)
     except (TypeError, ValueError, RecursionError) as error:  # of json.dumps: what is no JSON
         raise ValueError(f"DeepSpeed config: {error}") from None
+    _check_sections(config)
     _check_zero(config)
     parse_seft(config.get("seft", {}))
     return config
+
+
+def _check_sections(config: dict) -> None:
+    """Raises ValueError for a name that is one of DeepSpeed's but for its spelling; it passes over them."""
+    for name in config:
+        near = difflib.get_close_matches(str(name), _SECTIONS, n=1, cutoff=0.7)
+        if name not in _SECTIONS and near:
+            raise ValueError(
+                f"unknown name {shown(name)} in the DeepSpeed config; did you mean {near[0]!r}?"
+            )
 
 
 def _check_zero(config: dict) -> None:

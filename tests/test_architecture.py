@@ -21,6 +21,7 @@ LAYERS = [
         "errors",
         "signals",
         "console",
+        "command_line",
     ],
     ["sparse", "optim"],
     ["distributed"],

@@ -8,23 +8,35 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from seft_ds.baselines.methods import METHODS, find_method, fixed_settings, rank_of
-from seft_ds.config import load_deepspeed_config, with_overrides
-from seft_ds.console import is_first_rank
+from seft_ds.config import SeftConfig, load_deepspeed_config, with_overrides
 from seft_ds.json_file import read_object, shown
 from seft_ds.train.evaluating import check_evaluation
-from seft_ds.train.flags import expand_yaml, plain_value, split_seft_flags
+from seft_ds.train.flags import (
+    DataclassParser,
+    flag_names,
+    plain_value,
+    split_seft_flags,
+    warn,
+    with_recipe,
+)
 from seft_ds.train.journaling import check_reporters
-from seft_ds.train.old_names import translate
+from seft_ds.train.known_fields import (
+    CHOICES,
+    FOREIGN,
+    NO_EFFECT,
+    REFUSED,
+    check_best,
+    check_fields,
+    check_optimizer,
+)
 from seft_ds.train.sources import check_sources
 
 
@@ -157,7 +169,9 @@ class RunArguments(SFTConfig):
     )
     save_strategy: str = field(
         default="auto",
-        metadata={"help": "no, steps or epoch; auto: steps if --save_steps is given, else no"},
+        metadata={
+            "help": "no, steps, epoch or best; auto: steps if --save_steps is given, else no"
+        },
     )
     log_level_replica: str = field(
         default="error", metadata={"help": "of other ranks than the first of each machine"}
@@ -185,20 +199,15 @@ def parse(argv: list[str]) -> Arguments:
         ValueError: an unknown or bad setting, a missing file, no DeepSpeed config.
     """
     argv, seft_flags = split_seft_flags(argv)
-    method_by_flag = any(flag.partition("=")[0] == "--method" for flag in argv)
-    argv, seft_yaml = expand_yaml(argv)
-    argv, translated = translate(argv)
-    if is_first_rank():
-        for line in translated:
-            print(f"warning: {line}", file=sys.stderr)
-    parser = HfArgumentParser(
-        [MethodArguments, ModelArguments, DataArguments, EvaluationArguments, RunArguments],  # type: ignore[arg-type]
-        allow_abbrev=False,
-    )
+    method_by_flag = "method" in flag_names(argv)
+    parser = parser_of_runs()
+    argv, recipe = with_recipe(argv, parser)
+    seft_yaml = recipe.seft
     values = vars(parser.parse_args(argv))
+    check_fields(values, parser.get_default, recipe.called, warn)
+    check_best(values)
     if values["save_strategy"] == "auto":
-        asked = any(flag.partition("=")[0] in ("--save_steps", "--save-steps") for flag in argv)
-        values["save_strategy"] = "steps" if asked else "no"
+        values["save_strategy"] = "steps" if "save_steps" in flag_names(argv) else "no"
     if not values.get("deepspeed"):
         raise ValueError(
             "SEFT runs on DeepSpeed: give a config, for example --deepspeed ds_configs/zero3.json"
@@ -209,22 +218,13 @@ def parse(argv: list[str]) -> Arguments:
     chosen = seft_flags if method_by_flag else _on_top(seft_yaml, seft_flags)
     fixed = fixed_settings(values["method"], chosen)
     overrides = _on_top(_on_top(seft_yaml, seft_flags), fixed)
-    config = with_overrides(load_deepspeed_config(values["deepspeed"]), overrides)
+    config = with_overrides(_deepspeed_config(values["deepspeed"]), overrides)
     values["deepspeed"] = config
+    check_optimizer(values, parser.get_default("optim"))
     _check_values(values)
     _check_method(values)
     if not values["output_dir"]:
         raise ValueError("give --output_dir, the folder that the run and the model go to")
-    if values["save_only_model"]:
-        raise ValueError(
-            "--save_only_model would leave checkpoints without weights: those of a SEFT checkpoint are in "
-            "the engine's files; leave it out, and make models with launch/export.py"
-        )
-    if values["load_best_model_at_end"]:
-        raise ValueError(
-            "--load_best_model_at_end is not supported; leave it out, and make a model of the best "
-            "checkpoint with launch/export.py"
-        )
     _adapt_to_machine(values)
     try:
         method, model, data, evaluation, run = parser.parse_dict(values)
@@ -235,6 +235,27 @@ def parse(argv: list[str]) -> Arguments:
             f"{type(error).__name__}: {error}"
         ) from error
     return Arguments(method, model, data, evaluation, run, config)
+
+
+def parser_of_runs() -> DataclassParser:
+    """The parser of all flags but `--config` and `--seft.*`, which are taken out before."""
+    parser = DataclassParser(
+        [MethodArguments, ModelArguments, DataArguments, EvaluationArguments, RunArguments]  # type: ignore[list-item]
+    )
+    parser.also_known = ["config", *(f"seft.{name}" for name in SeftConfig.model_fields)]
+    parser.foreign, parser.unlikely = FOREIGN, {*REFUSED, *NO_EFFECT}
+    for action in parser._actions:
+        action.choices = CHOICES.get(action.dest, action.choices)
+    return parser
+
+
+def _deepspeed_config(source: Any) -> dict[str, Any]:
+    """The DeepSpeed config. Raises ValueError that names the file."""
+    try:
+        return load_deepspeed_config(source)
+    except ValueError as error:
+        named = "" if str(source) in str(error) else f"--deepspeed {source!s:.200}: "
+        raise ValueError(f"{named}{error}") from None
 
 
 def _on_top(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
@@ -309,8 +330,20 @@ def _adapt_to_machine(values: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         values["use_cpu"] = True
         values["dataloader_pin_memory"] = False
+    elif values["use_cpu"]:
+        raise ValueError(
+            "--use_cpu true on a machine with GPUs: start with CUDA_VISIBLE_DEVICES= instead"
+        )
     _rename_checkpointing(values)
-    values["bf16"] = model_dtype(values["model_name_or_path"], values["dtype"]) == torch.bfloat16
+    dtype = model_dtype(values["model_name_or_path"], values["dtype"])
+    in_bf16 = dtype == torch.bfloat16
+    if values["bf16"] is not None and values["bf16"] != in_bf16:
+        given, name = str(values["bf16"]).lower(), str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"--bf16 {given}, but the model trains in {name} "
+            "(--dtype, or as it is stored): give --dtype bfloat16 or float32, and leave --bf16 out"
+        )
+    values["bf16"] = in_bf16
 
 
 def _rename_checkpointing(values: dict[str, Any]) -> None:

@@ -38,6 +38,11 @@ def check_evaluation(values: dict[str, Any]) -> None:
             f"--eval_strategy {values['eval_strategy']} has nothing to evaluate: give one of "
             f"{', '.join('--' + name for name in _SOURCES)}"
         )
+    if values["do_eval"] and values["eval_strategy"] == "no":
+        raise ValueError(
+            "--do_eval true, but nothing is evaluated: give one of "
+            f"{', '.join('--' + name for name in _SOURCES)}, and an --eval_strategy other than no"
+        )
     if values["eval_text_file"]:
         check_text_file(values["eval_text_file"])
     if values["eval_include_path"] and not os.path.isdir(values["eval_include_path"]):

@@ -93,7 +93,7 @@ def translate(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     current: list[str] = []
     said: list[str] = []
-    for flag, values in _grouped(argv):
+    for flag, values in grouped(argv):
         name, equals, value = flag.partition("=")
         name = name.removeprefix("--").replace("-", "_")
         given = [value, *values] if equals else values
@@ -103,12 +103,13 @@ def translate(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             said.append(f"--{name} is left out: {GONE[name]}")
         else:
             new = [f"--{RENAMED[name]}", *given] if name in RENAMED else CHANGED[name](given)
-            said.append(f"--{name} is now {' '.join(new) or 'the default'}"[:200])
+            now = new[:1] if name.endswith("token") else new  # a secret is not repeated
+            said.append(f"--{name} is now {' '.join(now) or 'the default'}"[:200])
             current += new
     return current, said
 
 
-def _grouped(argv: Iterable[str]) -> list[tuple[str, Values]]:
+def grouped(argv: Iterable[str]) -> list[tuple[str, Values]]:
     """Each flag with the values that follow it."""
     groups: list[tuple[str, Values]] = []
     for word in argv:

@@ -307,7 +307,8 @@ def test_8bit_optimizers_by_config_and_by_flag(home: Path, name: str, flags: lis
 
 
 def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
-    from seft_ds.train.flags import expand_yaml, split_seft_flags
+    from seft_ds.train.arguments import parser_of_runs
+    from seft_ds.train.flags import flags_of_recipe, read_recipe, split_seft_flags, take_recipe
 
     rest, found = split_seft_flags(
         ["--seft.pattern", "2:4", "--seft.density=1e-3", "--a", "1", "--seft.waves", "false",
@@ -320,12 +321,14 @@ def test_flags_and_recipes_keep_their_types(tmp_path: Path) -> None:
     }  # fmt: skip
     recipe = tmp_path / "r.yaml"
     recipe.write_text("learning_rate: 5e-3\nseft:\n  pattern: 4:8\n  density: 1e-2\n  window: 7\n")
-    flags, seft = expand_yaml(["--config", str(recipe), "--b", "2"])
-    assert flags == ["--learning_rate", "0.005", "--b", "2"]
+    assert take_recipe(["--config", "r", "--b", "2"]) == (["--b", "2"], "r")
+    assert take_recipe(["--b", "2", "--config=r"]) == (["--b", "2"], "r")
+    entries, seft = read_recipe(recipe)
+    assert flags_of_recipe(entries, recipe, parser_of_runs()) == (["--learning_rate=0.005"], [])
     assert seft == {"pattern": "4:8", "density": 0.01, "window": 7}
     recipe.write_text("seft: [1]\n")
     with pytest.raises(ValueError, match="seft: wanted NAME: VALUE"):
-        expand_yaml(["--config", str(recipe)])
+        read_recipe(recipe)
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(home: Path) -> None:
