@@ -24,8 +24,8 @@ lint: $(VENV)/.ready ## style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy seft_ds launch
 
-test: lint ## style, types and all tests; ARGS="-m 'not slow'" are passed to pytest
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+test: lint ## style, types and all tests, with GPUs hidden; ARGS="-m 'not slow'" are passed to pytest
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(VENV)/.ready ## rewrite the files in the house style
 	$(PY) -m ruff check --fix .

@@ -11,22 +11,18 @@ mistake in the input; 1 for any other error, the loss of a rank among them.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # lm-eval imports a package that is also called `evaluate`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from seft_ds.console import model_folder, prepare_device, run, torch_dtype
+from seft_ds.devices import settle_accelerator
 
 
 @dataclass
@@ -169,6 +165,7 @@ def on_tasks(
 
 
 def main() -> None:
+    settle_accelerator()  # before transformers, which imports DeepSpeed
     from seft_ds.train.flags import parse_options
 
     evaluate(parse_options(EvaluateArguments, __doc__))

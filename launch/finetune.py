@@ -20,18 +20,17 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # lm-eval imports a package that is also called `evaluate`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from seft_ds.console import prepare_device, run
+from seft_ds.devices import asks_for_cpu
 
 
 def main() -> None:
+    if asks_for_cpu(sys.argv[1:]):
+        os.environ["DS_ACCELERATOR"] = "cpu"
     prepare_device()
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers

@@ -12,7 +12,6 @@ Exit status: 0; 1 if `--gpu_memory_gib` is given and it does not fit; 2 for a mi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,10 +22,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from seft_ds.console import run
+from seft_ds.devices import settle_accelerator
 from seft_ds.errors import RunError
 
 
@@ -184,6 +182,7 @@ def tell_fit(options: PlanArguments, needed_bytes: int, ways: list[str]) -> None
 
 
 def main() -> None:
+    settle_accelerator()  # before transformers, which imports DeepSpeed
     from seft_ds.train.flags import parse_options, split_seft_flags
 
     rest, seft_flags = split_seft_flags(sys.argv[1:])

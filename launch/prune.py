@@ -26,10 +26,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
+from seft_ds.devices import settle_accelerator
 from seft_ds.prune.choose import Budget
 from seft_ds.prune.owl import OwlSettings
 from seft_ds.prune.recipe import Recipe, recipe_of
@@ -358,6 +357,7 @@ def report(record: dict[str, Any], output: Path) -> None:
 
 
 def main() -> None:
+    settle_accelerator()  # before transformers, which imports DeepSpeed
     from seft_ds.train.flags import parse_options
 
     prune(parse_options(PruneArguments, __doc__))

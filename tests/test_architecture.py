@@ -20,6 +20,8 @@ LAYERS = [
         "memory",
         "errors",
         "signals",
+        "launching",
+        "devices",
         "console",
         "command_line",
     ],

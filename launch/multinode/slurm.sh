@@ -22,6 +22,8 @@ for flag in "$@"; do case $flag in --output_dir=*) output=${flag#*=};; esac; don
 if [ -z "$output" ]; then echo "give --output_dir RUN" >&2; exit 2; fi
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+# Since Slurm 22.05 srun takes --cpus-per-task from this variable only, no longer from the job.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 srun --kill-on-bad-exit=1 python launch/finetune.py "$@" --resume auto
 status=$?
 # Status 0: stopped in time, or complete, which sparsity.json tells. Any other needs a look, not a requeue.

@@ -12,9 +12,10 @@ import socket
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from seft_ds.distributed.collectives import Ranks
+if TYPE_CHECKING:
+    from seft_ds.distributed.collectives import Ranks
 
 T = TypeVar("T")
 
@@ -126,14 +127,14 @@ def first_few(sentences: list[str]) -> str:
 def _who_holds_what(holders: dict[str, list[int]]) -> str:
     """ "20 on rank 0 and 30 on ranks 2, 3". Every rank is in it, however many values there are."""
     groups = list(holders.items())
-    parts = [f"{value} on {_name(ranks)}" for value, ranks in groups[:_SHOWN]]
+    parts = [f"{value} on {name_ranks(ranks)}" for value, ranks in groups[:_SHOWN]]
     others = sorted(rank for _, ranks in groups[_SHOWN:] for rank in ranks)
     if others:
-        parts.append(f"something else on {_name(others)}")
+        parts.append(f"something else on {name_ranks(others)}")
     return ", ".join(parts[:-1]) + f" and {parts[-1]}"
 
 
-def _name(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
     """ "rank 0", "ranks 2, 3", "ranks 0-6, 9" of ascending ranks."""
     parts = []
     for _, run in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):

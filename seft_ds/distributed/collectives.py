@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import sys
 from contextlib import redirect_stdout
 from typing import Any, Protocol
@@ -17,8 +16,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from seft_ds.devices import choose_device, device_of_group
 from seft_ds.distributed.extension_lock import clear_stale_locks
 from seft_ds.distributed.liveness import current_watch
+from seft_ds.distributed.meeting import meet
+from seft_ds.launching import settle
 
 
 class Ranks(Protocol):
@@ -117,25 +119,46 @@ class ProcessRanks:
 
 
 def init_ranks() -> ProcessRanks:
-    """Join the run that the launcher (deepspeed, torchrun, srun) announced, or be a run of one.
+    """Join the run that the launcher announced (see `launching`), or be a run of one.
 
     Safe to call more than once. Without a launcher's variables it makes a group of one rank on a free
     local port, so that `python launch/prune.py` runs the same code as eight ranks do.
 
     Raises:
-        ValueError: started by srun with several tasks, but without MASTER_ADDR.
+        ValueError: the launcher's variables leave something open, or a rank can't use its GPU.
+        RunError: the ranks didn't meet.
     """
-    if not dist.is_initialized():
-        _announce_ranks()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        own_tools_first()
-        import deepspeed
+    if dist.is_initialized():
+        _follow_group()
+        return ProcessRanks()
+    place = settle()
+    device, trouble = choose_device(place)
+    if trouble and place.size == 1:
+        raise ValueError(trouble)
+    store = meet(place, device.type, trouble) if place.size > 1 else None
+    own_tools_first()
+    import deepspeed
 
-        clear_stale_locks()  # initialising loads an extension
-        with redirect_stdout(io.StringIO()):  # every rank would say that an extension was loaded
-            deepspeed.init_distributed(auto_mpi_discovery=False)
+    clear_stale_locks()  # initialising loads an extension
+    with redirect_stdout(io.StringIO()):  # every rank would say that an extension was loaded
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+    del store  # the group has its own by now, served by the same process
     return ProcessRanks()
+
+
+def _follow_group() -> None:
+    """Take the device of a group that somebody else has made, who may not have set it."""
+    if dist.get_backend() != "nccl":
+        return
+    bound = getattr(dist.group.WORLD, "bound_device_id", None)
+    index = device_of_group(
+        None if bound is None else bound.index,
+        torch.cuda.current_device(),
+        settle().local_rank,
+        torch.cuda.device_count(),
+    )
+    if index != torch.cuda.current_device():
+        torch.cuda.set_device(index)
 
 
 def own_tools_first() -> None:
@@ -150,35 +173,9 @@ def own_tools_first() -> None:
         os.environ["PATH"] = own + os.pathsep + path
 
 
-def _announce_ranks() -> None:
-    """See that RANK, WORLD_SIZE and their like are set: by the launcher, from Slurm's, or for one."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return
-    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
-    if tasks == 1:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"srun started {tasks} tasks, but MASTER_ADDR is not set: export it as the host name of the "
-            "first node (scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
-        )
-    os.environ.setdefault("MASTER_PORT", "29500")
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = str(tasks)
-    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-
-
 def close_ranks() -> None:
     """Leave together: without it some runs abort at exit, after correct results (deepspeed 0.19.8, gloo)."""
     if dist.is_initialized():
         dist.barrier()
         current_watch().close()  # from here on an end is no loss
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -131,23 +130,6 @@ def test_gather_lists_keeps_rank_order(size: int) -> None:
 
     wanted = [[r for r in range(size) for _ in range(r)], [10 * r for r in range(size)]]
     assert run_threads(size, work) == [wanted] * size
-
-
-def test_slurm_announces_the_ranks(monkeypatch) -> None:
-    from seft_ds.distributed.collectives import _announce_ranks
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
-        _announce_ranks()
-    monkeypatch.setenv("MASTER_ADDR", "node1")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch puts back what _announce_ranks sets
-        monkeypatch.delenv(name)
-    _announce_ranks()
-    assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "8", "1"]
 
 
 def test_real_process_groups_give_the_same_interface() -> None:

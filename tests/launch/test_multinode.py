@@ -23,7 +23,8 @@ SRUN = """#!/bin/bash
 shift   # --kill-on-bad-exit
 for rank in 0 1; do
     host=$(sed -n "$((rank + 1))p" "$FAKE_HOSTS")
-    SLURM_PROCID=$rank SLURM_LOCALID=0 SLURM_NTASKS=2 GLOO_SOCKET_IFNAME=$host ip netns exec "$host" "$@" &
+    SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$rank SLURM_LOCALID=0 SLURM_NTASKS=2 \
+        GLOO_SOCKET_IFNAME=$host ip netns exec "$host" "$@" &
     pids+=($!)
 done
 status=0
@@ -101,7 +102,7 @@ def test_the_slurm_template_requeues_until_the_run_is_complete(
     (tmp_path / "hosts").write_text("\n".join(hosts) + "\n")
     requeued = tmp_path / "requeued"
     env = environment(
-        SLURM_JOB_ID="7", SLURM_JOB_NODELIST="nodes", MASTER_PORT=str(free_port()),
+        SLURM_JOB_ID="7", SLURM_JOB_NODELIST="nodes", SLURM_CPUS_PER_TASK="8", MASTER_PORT=str(free_port()),
         FAKE_HOSTS=str(tmp_path / "hosts"), FIRST_ADDRESS=ADDRESSES[0], REQUEUED=str(requeued),
     )  # fmt: skip
     env["PATH"] = f"{programs}{os.pathsep}{env['PATH']}"
@@ -115,9 +116,10 @@ def test_the_slurm_template_requeues_until_the_run_is_complete(
     assert done.returncode == 0, done.stdout + done.stderr
     assert verify(tmp_path / "run").ok and not requeued.exists()
     # Stopped in time: status 0, and no model yet.
-    (programs / "srun").write_text("#!/bin/bash\nexit 0\n")
+    seen = tmp_path / "cpus"
+    (programs / "srun").write_text(f"#!/bin/bash\necho $SRUN_CPUS_PER_TASK > {seen}\n")
     assert submit(*flags(tmp_path, "stopped")).returncode == 0
-    assert requeued.read_text() == "requeue 7\n"
+    assert requeued.read_text() == "requeue 7\n" and seen.read_text() == "8\n"
     (programs / "srun").write_text("#!/bin/bash\nexit 1\n")
     assert submit(*flags(tmp_path, "failed")).returncode == 1
     assert submit(f"--output_dir={tmp_path / 'failed'}").returncode == 1
