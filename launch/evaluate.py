@@ -38,6 +38,10 @@ class EvaluateArguments:
     tasks: str | None = field(default=None, metadata={"help": "lm-eval tasks, comma between"})
     include_path: str | None = field(default=None, metadata={"help": "folder of task YAMLs"})
     limit: float | None = field(default=None, metadata={"help": "documents per task; <1: a share"})
+    add_bos_token: bool = field(
+        default=True,
+        metadata={"help": "begin windows and requests with what the tokenizer puts before a text"},
+    )
     batch_size: int = field(default=8, metadata={"help": "requests at a time, for the tasks"})
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
     output_path: str | None = field(default=None, metadata={"help": "results as a JSON file"})
@@ -93,6 +97,7 @@ def evaluate(options: EvaluateArguments) -> None:
     # Only now the slow imports: a mistake in the arguments is told at once.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from seft_ds.beginning import in_words
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers
     from seft_ds.evaluate.perplexity import write_json
@@ -108,6 +113,7 @@ def evaluate(options: EvaluateArguments) -> None:
     check_length(options.max_length, model)
     dtype = str(model.dtype).removeprefix("torch.")
     results: dict[str, Any] = {"model": options.model_name_or_path, "dtype": dtype}
+    results["begins_with"] = in_words(tokenizer, options.add_bos_token)
     if options.text_file is not None:
         results["perplexity"] = on_text(options, model, tokenizer, ranks)
     if manager is not None:
@@ -120,16 +126,24 @@ def evaluate(options: EvaluateArguments) -> None:
 
 def on_text(options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any) -> dict[str, Any]:
     """Perplexity on the text file; rank 0 prints it."""
+    from seft_ds.beginning import beginning_of, described
     from seft_ds.evaluate import perplexity
 
     assert options.text_file is not None
     start = time.monotonic()
     text = perplexity.read_text(options.text_file)
-    windows = perplexity.windows_of(tokenizer, text, options.max_length, options.max_windows)
-    measured = perplexity.measure(model, windows, ranks, progress=ranks.rank == 0)
+    added = options.add_bos_token
+    windows = perplexity.windows_of(
+        tokenizer, text, options.max_length, options.max_windows, add_bos_token=added
+    )
+    begin_tokens = len(beginning_of(tokenizer)) if added else 0
+    measured = perplexity.measure(
+        model, windows, ranks, begin_tokens=begin_tokens, progress=ranks.rank == 0
+    )
     dtype = str(model.dtype).removeprefix("torch.")
     if ranks.rank == 0:
-        print(f"{perplexity.as_line(measured)}, {dtype}, {time.monotonic() - start:.0f} s")
+        line = perplexity.as_line(measured) + described(tokenizer, added)
+        print(f"{line}, {dtype}, {time.monotonic() - start:.0f} s")
     return {"text_file": Path(options.text_file).name, **measured.as_json()}
 
 
@@ -144,6 +158,7 @@ def on_tasks(
     options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any, manager: Any
 ) -> dict[str, Any]:
     """lm-eval's results for the tasks; rank 0 prints them and has them all."""
+    from seft_ds.beginning import described
     from seft_ds.evaluate import harness
 
     found = harness.evaluate_tasks(
@@ -155,12 +170,14 @@ def on_tasks(
         batch_size=options.batch_size,
         limit=limit_of(options.limit),
         max_length_tokens=options.max_length,
+        add_bos_token=options.add_bos_token,
         progress=ranks.rank == 0,
     )
     if ranks.rank == 0:
         print(harness.as_table(found))
         size = f"batch size {options.batch_size} on each of {ranks.size} ranks"
-        print(f"{size}, at most {options.max_length} tokens")
+        begins = described(tokenizer, options.add_bos_token, "request")
+        print(f"{size}, at most {options.max_length} tokens{begins}")
     return harness.as_json(found)
 
 

@@ -61,6 +61,10 @@ class PruneArguments:
     )
     calibration_samples: int = field(default=128, metadata={"help": "number of sequences"})
     max_length: int = field(default=2048, metadata={"help": "tokens per sequence"})
+    add_bos_token: bool = field(
+        default=True,
+        metadata={"help": "begin sequences with what the tokenizer puts before a text"},
+    )
     seed: int = field(default=0, metadata={"help": "chooses the calibration sequences"})
     dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32 or bfloat16"})
     overwrite: bool = field(default=False, metadata={"help": "replace what output_dir holds"})
@@ -159,13 +163,16 @@ def check_calibration(options: PruneArguments) -> None:
         )
 
 
-def calibration(options: PruneArguments, folder: Path, longest_tokens: int) -> torch.Tensor:
-    """int64 (samples, max_length): the calibration sequences, the same on every rank.
+def calibration(
+    options: PruneArguments, folder: Path, longest_tokens: int
+) -> tuple[torch.Tensor, str | None]:
+    """int64 (samples, max_length): the calibration sequences, the same on every rank; what they begin with.
 
     The built-in text gives fewer where it has no more.
     """
     from transformers import AutoTokenizer
 
+    from seft_ds.beginning import described, in_words
     from seft_ds.prune.calibrate import dataset_texts, default_texts, read_texts, sequences
 
     if options.max_length > longest_tokens:
@@ -182,14 +189,26 @@ def calibration(options: PruneArguments, folder: Path, longest_tokens: int) -> t
         texts, built_in = default_texts(), True
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     samples = options.calibration_samples
-    found = sequences(tokenizer, texts, samples, options.max_length, options.seed, fewer=built_in)
+    added = options.add_bos_token
+    found = sequences(
+        tokenizer,
+        texts,
+        samples,
+        options.max_length,
+        options.seed,
+        fewer=built_in,
+        add_bos_token=added,
+    )
+    begins = described(tokenizer, added, "sequence")
+    if begins and not built_in:
+        say(f"calibrating with {len(found)} sequences of {options.max_length} tokens{begins}")
     if built_in:
         few = "" if len(found) == samples else f", which has no more than {len(found)} of them"
         say(
             f"calibrating with {len(found)} sequences of {options.max_length} tokens of Python's own "
-            f"manual{few}: a stand-in, text like what the model is for is better (--calibration_file)"
+            f"manual{few}{begins}: a stand-in, text like what the model is for is better (--calibration_file)"
         )
-    return found
+    return found, in_words(tokenizer, added)
 
 
 def say(line: str) -> None:
@@ -199,16 +218,21 @@ def say(line: str) -> None:
 
 
 def about(
-    options: PruneArguments, recipe: Recipe, folder: Path, dtype: torch.dtype
+    options: PruneArguments,
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    begins_with: str | None,
 ) -> dict[str, Any]:
     """What the written model says about how it came to be; names only, no paths of this machine."""
     settings = asdict(options) | {"dtype": str(dtype).removeprefix("torch."), "budget": recipe.unit}
+    settings["begins_with"] = begins_with
     unrelated = ["model_name_or_path", "output_dir", "overwrite", "dry_run", "local_rank"]
     unrelated += ["owl_m", "owl_lambda"] * (recipe.owl is None)
     unrelated += ["budget"] * (recipe.budget.pattern is not None)
     if not recipe.needs_text:
         unrelated += ["calibration_file", "calibration_dataset", "calibration_samples"]
-        unrelated += ["max_length", "seed"]
+        unrelated += ["max_length", "seed", "add_bos_token", "begins_with"]
     elif options.calibration_file is not None:
         settings["calibration_file"] = Path(options.calibration_file).name
     for name in unrelated:
@@ -218,12 +242,13 @@ def about(
 
 @dataclass
 class Prepared:
-    """The model's structure, where its tensors are, and the text."""
+    """The model's structure, where its tensors are, and the text with what each sequence begins with."""
 
     model: Any
     tensors: dict[str, Any]  # name -> Stored
     dtype: torch.dtype
     sequences: torch.Tensor | None
+    begins_with: str | None
 
 
 def prepare(
@@ -248,11 +273,11 @@ def prepare(
     model = empty_model(folder, wanted, device)
     check_pattern_fits(decoder_blocks(model), recipe.budget)
     tensors = match_names(model, stored)
-    sequences = None
+    sequences = begins_with = None
     if recipe.needs_text and not options.dry_run:
         longest = int(getattr(config, "max_position_embeddings", None) or options.max_length)
-        sequences = calibration(options, folder, longest)
-    return Prepared(model, tensors, wanted, sequences)
+        sequences, begins_with = calibration(options, folder, longest)
+    return Prepared(model, tensors, wanted, sequences, begins_with)
 
 
 def dry_run(options: PruneArguments, recipe: Recipe, prepared: Prepared) -> None:
@@ -331,7 +356,7 @@ def prune(options: PruneArguments) -> None:
     if first:
         seconds, blocks = time.monotonic() - start, len(source.blocks)
         say(f"pruned {len(quotas)} weights in {blocks} blocks, {seconds:.0f} s; writing")
-        facts = about(options, recipe, folder, ready.dtype)
+        facts = about(options, recipe, folder, ready.dtype, ready.begins_with)
         if any(block.experts for block in source.blocks):
             facts["by_magnitude"] = few = work.by_magnitude()
             say(

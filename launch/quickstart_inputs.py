@@ -174,15 +174,8 @@ def make_model(wheel: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -
 
 
 def load_gguf(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """(model, tokenizer) of a LLaMA GGUF file: an ordinary LlamaForCausalLM in `dtype`."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        GgufConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
+    """(model, tokenizer) of a GGUF file: an ordinary model of its family in `dtype`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -200,7 +193,7 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any
         "transformers_version",
     ):
         settings.pop(trace, None)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+    model = type(loaded)(type(loaded.config)(**settings)).to(dtype)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig(

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent / "seft_ds"
 # Each may import what stands in an earlier row, and its own row's other modules.
 LAYERS = [
     [
+        "beginning",
         "json_file",
         "tensor_files",
         "config",

@@ -139,15 +139,18 @@ def evaluate_tasks(
     batch_size: int = 8,
     limit: float | None = None,
     max_length_tokens: int | None = None,
+    add_bos_token: bool = True,
     sharded: bool = False,
     device: torch.device | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """lm-eval's results for `tasks`, on every rank.
 
-    `limit` is documents per task; below 1 a share of them. Collectives: one per kind of request, and, with
-    `sharded` (a model under ZeRO-3), one before each forward pass beside the model's own. The state of the
-    random number generators is kept, and so is the model's mode.
+    `limit` is documents per task; below 1 a share of them. `add_bos_token`: requests begin as the tokenizer
+    begins a text, which is lm-eval's default; False: with nothing before the text.
+    Collectives: one per kind of request, and, with `sharded` (a model under ZeRO-3), one before each
+    forward pass beside the model's own. The state of the random number generators is kept, and so is the
+    model's mode.
     Without a network the tasks' data must be local (YAMLs with data files) or cached.
     """
     was_training = model.training
@@ -166,6 +169,7 @@ def evaluate_tasks(
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=max_length_tokens,
+            add_bos_token=None if add_bos_token else False,
         )
         # Not simple_evaluate, which only on some ranks has results, and asks git about the working directory.
         results = evaluate(

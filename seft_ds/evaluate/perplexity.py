@@ -2,7 +2,8 @@
 
 The protocol of the pruning papers: tokenize the whole text, cut it into windows of L tokens, drop the
 remainder, and take exp of the mean negative log-likelihood. A window of L tokens makes L - 1
-predictions: its first token has nothing before it and is not predicted.
+predictions: its first token has nothing before it and is not predicted. Where the tokenizer puts a token
+before a text, each window begins with it and holds L - 1 tokens of the text (seft_ds/beginning.py).
 
 Ranks take the windows in turn. What they add up are float64 sums of losses and a count, so the figure
 does not depend on the number of ranks beyond the last digits of float64.
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from seft_ds.beginning import beginning_of, cut, without
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate.lockstep import Lockstep
 from seft_ds.prune.calibrate import check_text_file, open_text, read_texts, text_kind
@@ -58,25 +60,36 @@ def read_text(path: str | Path) -> str:
 
 
 def windows_of(
-    tokenizer: Any, text: str, window_tokens: int, max_windows: int | None = None
+    tokenizer: Any,
+    text: str,
+    window_tokens: int,
+    max_windows: int | None = None,
+    *,
+    add_bos_token: bool = True,
 ) -> torch.Tensor:
     """int64 (windows, window_tokens): the tokens of `text` cut into windows, the remainder dropped.
+
+    add_bos_token: begin each window with what the tokenizer puts before a text, if it puts something.
 
     Raises:
         ValueError: windows of fewer than 2 tokens, fewer than 1 of them, or a text that fills none.
     """
-    if window_tokens < 2:
-        raise ValueError(f"got --max_length {window_tokens}; a window needs at least 2 tokens")
+    added = beginning_of(tokenizer)
+    begins = added if add_bos_token else []
+    fewest = max(2, len(begins) + 1)
+    if window_tokens < fewest:
+        raise ValueError(
+            f"got --max_length {window_tokens}; a window needs at least {fewest} tokens"
+        )
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"got --max_windows {max_windows}; wanted 1 or more")
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    count = len(tokens) // window_tokens
-    if count == 0:
+    tokens = without(added, tokenizer(text, verbose=False)["input_ids"])
+    if len(tokens) < window_tokens - len(begins):
         raise ValueError(
             f"the text has {len(tokens)} tokens, fewer than one window of {window_tokens}; give more "
             "text, or lower --max_length"
         )
-    return tokens[: count * window_tokens].view(count, window_tokens)[:max_windows]
+    return cut(tokens, begins, window_tokens)[:max_windows]
 
 
 def nll_sum(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,6 +110,7 @@ def measure(
     windows: torch.Tensor,  # (windows, tokens) int64, the same on every rank
     ranks: Ranks,
     *,
+    begin_tokens: int = 0,
     progress: bool = False,
     sharded: bool = False,
     device: torch.device | None = None,
@@ -104,6 +118,9 @@ def measure(
     """Perplexity of `model` on `windows`, shared over the ranks, one at a time.
 
     One collective, at the end; with `sharded` (a model under ZeRO-3) one before each forward pass too.
+
+    Args:
+        begin_tokens: how many tokens of each window stand before its text, and so are not predicted.
 
     Raises:
         ValueError: the loss is not finite.
@@ -113,18 +130,19 @@ def measure(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     mine = windows[ranks.rank :: ranks.size]
+    first = max(1, begin_tokens)  # the first token has nothing to be predicted from
     with Lockstep(model, ranks, sharded, device):
         for window in tqdm(mine, desc="perplexity", unit="window", disable=not progress):
             window = window.to(device)
             logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
-            total += nll_sum(logits, window)
+            total += nll_sum(logits[first - 1 :], window[first - 1 :])
     model.train(was_training)
-    return _summary(float(ranks.sum_(total)), windows)
+    return _summary(float(ranks.sum_(total)), windows, first)
 
 
-def _summary(total_nll: float, windows: torch.Tensor) -> Perplexity:
+def _summary(total_nll: float, windows: torch.Tensor, first: int) -> Perplexity:
     count, window_tokens = windows.shape
-    predictions = count * (window_tokens - 1)
+    predictions = count * (window_tokens - first)
     nll = total_nll / predictions
     if not math.isfinite(nll):
         raise ValueError(

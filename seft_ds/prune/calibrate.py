@@ -2,7 +2,8 @@
 
 Texts are taken in an order that the seed shuffles, tokenized, written one after the other and cut, until
 there are enough tokens; so a large data set costs no more than what is used of it, and the same seed
-gives the same sequences on every rank.
+gives the same sequences on every rank. Each sequence begins with what the tokenizer puts before a text
+(seft_ds/beginning.py); between the texts of a sequence it is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from seft_ds.beginning import beginning_of, cut, without
 
 _TEXTS_AT_ONCE = 64  # tokenizers are faster on batches; at most this many texts too many are read
 _SUFFIXES = (".txt", ".json", ".jsonl")
@@ -130,28 +133,33 @@ def sequences(
     seed: int,
     *,
     fewer: bool = False,
+    add_bos_token: bool = True,
 ) -> torch.Tensor:
     """int64 (count, length_tokens): token sequences cut from the texts in the order of `seed`.
 
     fewer: take as many as there are, at least one, where the text is too short for `count`.
+    add_bos_token: begin each sequence with what the tokenizer puts before a text, if it puts something.
 
     Raises:
         ValueError: a count or length under 1, or fewer tokens than wanted.
     """
-    if count < 1 or length_tokens < 2:
+    added = beginning_of(tokenizer)
+    begins = added if add_bos_token else []
+    if count < 1 or length_tokens < 2 or length_tokens <= len(begins):
         raise ValueError(
-            f"got {count} calibration sequences of {length_tokens} tokens; wanted at least 1 of 2"
+            f"got {count} calibration sequences of {length_tokens} tokens; wanted at least 1 of "
+            f"{max(2, len(begins) + 1)}"
         )
-    wanted = count * length_tokens
+    own_tokens = length_tokens - len(begins)
+    wanted = count * own_tokens
     tokens: list[int] = []
     for batch in _shuffled(texts, seed):
         for ids in tokenizer(batch, verbose=False)["input_ids"]:
-            tokens.extend(ids)
+            tokens.extend(without(added, ids))
         if len(tokens) >= wanted:
-            return torch.tensor(tokens[:wanted]).view(count, length_tokens)
-    if fewer and len(tokens) >= length_tokens:
-        whole = len(tokens) // length_tokens
-        return torch.tensor(tokens[: whole * length_tokens]).view(whole, length_tokens)
+            return cut(tokens[:wanted], begins, length_tokens)
+    if fewer and len(tokens) >= own_tokens:
+        return cut(tokens, begins, length_tokens)
     raise ValueError(
         f"the calibration texts hold {len(tokens)} tokens; {count} sequences of {length_tokens} need "
         f"{wanted}: give more text, or lower --calibration_samples or --max_length"

@@ -37,8 +37,8 @@ from seft_ds.zero.initialize import bitsandbytes_class
 class AdapterCallback(JournaledRun):
     """The journal of a run without slots."""
 
-    def __init__(self, job: Job, adapters: Adapters):
-        super().__init__(job.output, run_facts(job.arguments))
+    def __init__(self, job: Job, adapters: Adapters, begins_with: str | None):
+        super().__init__(job.output, run_facts(job.arguments, begins_with))
         self.job, self.adapters = job, adapters
         self.train_seconds = 0.0
 
@@ -97,7 +97,7 @@ def train_adapters(job: Job) -> None:
         dropout=arguments.method.lora_dropout or 0.0,
     )
     check_loaded(adapters.targets, job.folder)
-    callback = AdapterCallback(job, adapters)
+    callback = AdapterCallback(job, adapters, data.begins_with)
     trainer = make_trainer(job, model, data, callback, describe_adapters(adapters))
     if trainer is None:
         return
@@ -107,7 +107,7 @@ def train_adapters(job: Job) -> None:
         sequences = calibration(trainer.train_dataset, arguments.method.calibration_rows)
         engine = trainer.model_wrapped
         sums = input_square_sums(engine, adapters.layers, sequences, job.ranks)
-    about = record_facts(arguments) | {"steps": trainer.state.global_step}
+    about = record_facts(arguments, data.begins_with) | {"steps": trainer.state.global_step}
     record = save_merged(
         trainer.model_wrapped, adapters, job.ranks, job.folder, job.output, about, sums
     )

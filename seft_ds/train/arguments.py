@@ -158,6 +158,12 @@ class RunArguments(SFTConfig):
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the run in output_dir"})
     dry_run: bool = field(default=False, metadata={"help": "show targets and a sample, then stop"})
+    add_bos_token: bool = field(
+        default=True,
+        metadata={
+            "help": "begin windows and rows cut from a text with what the tokenizer puts before one"
+        },
+    )
     # SFTConfig's defaults are for dense models. AdamW moves a delta by about the learning rate a step,
     # and few weights have to move far: 5e-3 repaired a 135M model in 100 steps (docs/results.md).
     learning_rate: float = field(default=1e-3, metadata={"help": "of the deltas; try 1e-3 to 5e-3"})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from seft_ds.beginning import beginning_of, described
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate import perplexity
@@ -73,6 +74,9 @@ class Measurement:
     limit: float | None
     batch_size: int  # rows of a forward pass on each rank, for the tasks
     max_length_tokens: int
+    add_bos_token: bool = True
+    begin_tokens: int = 0  # what each window begins with, before its text
+    begins: str = ""  # the same in words
 
     def describe(self) -> str:
         parts = []
@@ -81,7 +85,8 @@ class Measurement:
             parts.append(f"lm-eval {names}, batch size {self.batch_size} on each rank")
         if self.windows is not None:
             parts.append(f"perplexity on {len(self.windows)} windows, batch size 1")
-        return f"at each evaluation: {'; '.join(parts)}; at most {self.max_length_tokens} tokens"
+        most = f"at most {self.max_length_tokens} tokens{self.begins}"
+        return f"at each evaluation: {'; '.join(parts)}; {most}"
 
     def run(
         self,
@@ -96,8 +101,9 @@ class Measurement:
         started = time.perf_counter()
         if self.windows is not None:
             measured = perplexity.measure(
-                model, self.windows, ranks, sharded=sharded, device=device
-            )
+                model, self.windows, ranks, begin_tokens=self.begin_tokens, sharded=sharded,
+                device=device,
+            )  # fmt: skip
             found["perplexity"] = measured.perplexity
         if self.tasks:
             from seft_ds.evaluate import harness
@@ -105,7 +111,8 @@ class Measurement:
             results = harness.evaluate_tasks(
                 model, tokenizer, self.tasks, ranks, manager=self.manager,
                 batch_size=self.batch_size, limit=self.limit,
-                max_length_tokens=self.max_length_tokens, sharded=sharded, device=device,
+                max_length_tokens=self.max_length_tokens, add_bos_token=self.add_bos_token,
+                sharded=sharded, device=device,
             )  # fmt: skip
             found |= harness.figures(results)
         found["measurement_runtime"] = ranks.gather_object(time.perf_counter() - started)[0]
@@ -133,13 +140,17 @@ def prepare_measurement(
         if evaluation.eval_text_file:
             text = perplexity.read_text(evaluation.eval_text_file)
             windows = perplexity.windows_of(
-                tokenizer, text, run.max_length, evaluation.eval_max_windows
-            )
+                tokenizer, text, run.max_length, evaluation.eval_max_windows,
+                add_bos_token=run.add_bos_token,
+            )  # fmt: skip
         return manager, windows
 
     manager, windows = all_or_none(ranks, look)
     limit = evaluation.eval_limit
     limit = int(limit) if limit is not None and limit >= 1 else limit
     return Measurement(
-        tasks, manager, windows, limit, run.per_device_eval_batch_size, run.max_length
-    )
+        tasks, manager, windows, limit, run.per_device_eval_batch_size, run.max_length,
+        add_bos_token=run.add_bos_token,
+        begin_tokens=len(beginning_of(tokenizer)) if run.add_bos_token else 0,
+        begins=described(tokenizer, run.add_bos_token, "window or request"),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from seft_ds.beginning import in_words
 from seft_ds.checkpoint.export import versions
 from seft_ds.checkpoint.parts import naming_of_folder
 from seft_ds.checkpoint.verify import RECORD_NAME
@@ -33,6 +34,7 @@ from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.opening import OpenRun, check_output, goes_on, resolved, take_own
 from seft_ds.train.progress import Progress
 from seft_ds.train.resume import check_batch, find_checkpoint
+from seft_ds.train.rows import check_length
 from seft_ds.train.run_dir import RunLock
 from seft_ds.train.sample import check_template, describe_sample
 from seft_ds.train.sources import Rows, read_sources
@@ -65,6 +67,7 @@ class Data:
     held_out: Rows | None
     tokenizer: Any
     measurement: Measurement | None
+    begins_with: str | None  # each window, and each row cut from a text
 
 
 def accept(argv: list[str], ranks: ProcessRanks) -> Job:
@@ -178,8 +181,10 @@ def read_data(job: Job) -> Data:
         rows, held_out = read_sources(arguments.data, arguments.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(job.folder, trust_remote_code=False)
     check_template(rows, tokenizer, arguments.run)
+    check_length(arguments.run, tokenizer)
     measurement = prepare_measurement(arguments.evaluation, arguments.run, tokenizer, job.ranks)
-    return Data(rows, held_out, tokenizer, measurement)
+    begins_with = in_words(tokenizer, arguments.run.add_bos_token)
+    return Data(rows, held_out, tokenizer, measurement, begins_with)
 
 
 def make_trainer(

@@ -165,11 +165,12 @@ def resolved(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def run_facts(arguments: Arguments) -> dict[str, Any]:
+def run_facts(arguments: Arguments, begins_with: str | None) -> dict[str, Any]:
     """What the journal says of the run beside what the callback knows."""
     run, data = arguments.run, arguments.data
     return {
         "method": arguments.method.method,
+        "begins_with": begins_with,
         "arguments": {
             "train": ", ".join([*(data.train_file or []), *(data.dataset_name or [])]),
             "max_steps": run.max_steps,
@@ -201,11 +202,12 @@ def method_facts(arguments: Arguments) -> dict[str, Any]:
     return facts
 
 
-def record_facts(arguments: Arguments) -> dict[str, Any]:
+def record_facts(arguments: Arguments, begins_with: str | None) -> dict[str, Any]:
     """What `sparsity.json` says of the run beside what the engine knows."""
     return {
         "method": arguments.method.method,
         "command": command_line(),
+        "begins_with": begins_with,
         **method_facts(arguments),
     }
 

@@ -57,7 +57,9 @@ def train_slots(job: Job) -> None:
     planned = plan_memory(job, model, targets)
     if job.arguments.run.dry_run and planned is not None:
         job.say(describe_plan(job, planned))
-    callback = SeftCallback(journal_dir=job.output, about=run_facts(job.arguments))
+    callback = SeftCallback(
+        journal_dir=job.output, about=run_facts(job.arguments, data.begins_with)
+    )
     callback.memory.plan = planned
     trainer = make_trainer(job, model, data, callback, describe_targets(targets))
     if trainer is None:
@@ -70,7 +72,7 @@ def train_slots(job: Job) -> None:
         if callback.stopped_by:
             job.say(f"stopped by {callback.stopped_by}: {how_to_go_on(callback, job.output)}")
             return
-        about = record_facts(job.arguments)
+        about = record_facts(job.arguments, data.begins_with)
         record = save_model(trainer.model_wrapped, job.folder, job.output, about)
         if job.ranks.rank == 0:
             finish(job.output, record)

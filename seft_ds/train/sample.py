@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from seft_ds.train.rows import describe_beginning
 from seft_ds.train.sources import Rows
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -68,6 +69,7 @@ def describe_sample(trainer: Any) -> str:
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     counted = sum(label != -100 for label in labels)
     how = check_packing(trainer.args, trainer.model.config._attn_implementation)
+    how += describe_beginning(trainer.args, trainer.processing_class)
     return (
         f"first row ({how}): {len(ids)} tokens, {counted} in the loss, between {OPEN} and {CLOSE}\n"
         f"{marked(ids, labels, trainer.processing_class)}"

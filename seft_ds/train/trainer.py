@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import global_then_local_main_first
 
+from seft_ds.beginning import beginning_of
 from seft_ds.checkpoint.manifest import FileEntry, checkpoints_in, entries_below, hash_file
 from seft_ds.checkpoint.model import save_model
 from seft_ds.checkpoint.together import write_together
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.train.distill import token_losses
 from seft_ds.train.evaluating import Measurement
+from seft_ds.train.rows import cut_rows, cuts
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
 
@@ -84,6 +88,22 @@ class SparseSFTTrainer(SFTTrainer):
         if not metrics:  # otherwise the callbacks were called when the loss was known
             self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
         return metrics | more
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
+    ) -> Any:
+        """Rows of tokens as TRL makes them, but those from the middle of a text begin as their text did."""
+        asked = copy.copy(args)
+        asked.packing = packing  # evaluation rows may be packed otherwise than training rows
+        beginning = beginning_of(processing_class) if args.add_bos_token and cuts(asked) else []
+        if not beginning:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        rows = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
+        with global_then_local_main_first():  # the first rank cuts, the others find its cache
+            settings = {"num_proc": args.dataset_num_proc} if hasattr(rows, "num_rows") else {}
+            return cut_rows(rows, asked, beginning, settings)
 
     def _note_distilled(
         self, inputs: dict[str, Any], nll: torch.Tensor, kl: torch.Tensor, counted: torch.Tensor

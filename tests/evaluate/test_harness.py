@@ -150,6 +150,23 @@ def test_tasks_give_the_same_on_one_and_two_ranks(task_folder, manager):
         assert result["tiny_choice"]["acc,none"] == slow_accuracy(model, tokenizer, rows[:1])
 
 
+def test_requests_begin_as_the_tokenizer_begins_a_text(manager):
+    model, tokenizer = tiny_model("gemma"), tiny_tokenizer("<bos> $A")
+    tokenizer.pad_token = "</s>"
+    firsts: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: firsts.extend(args[0][:, 0].tolist()))
+
+    def work(ranks, added):
+        evaluate_tasks(
+            model, tokenizer, ["tiny_choice"], ranks, manager=manager, limit=4, add_bos_token=added
+        )
+
+    for added in (True, False):
+        firsts.clear()
+        run_threads(1, lambda ranks, added=added: work(ranks, added))
+        assert firsts and all((first == 62) == added for first in firsts)
+
+
 def test_results_for_people_and_for_files(manager):
     model, tokenizer = tiny_model(), tiny_tokenizer()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -78,12 +78,22 @@ def saved(model, folder: Path, **settings) -> Path:
     return folder
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word w0 ... w59; anything else is unknown."""
+def tiny_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
+    """One token a word w0 ... w59; anything else is unknown.
+
+    template: what is put around a text; "<bos> $A" as Gemma's does, "$A </s>" as T5's.
+    """
     vocabulary = {"<unk>": 0, "</s>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
+    vocabulary |= {"<bos>": 62, "<sop>": 63}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    added = [(name, vocabulary[name]) for name in ("<bos>", "<sop>", "</s>") if name in template]
+    if added:
+        tokenizer.post_processor = processors.TemplateProcessing(template, None, added)
+    names = {"unk_token": "<unk>", "eos_token": "</s>"}
+    if "<bos>" in template:
+        names["bos_token"] = "<bos>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def tokens(sequences: int, length: int, seed: int = 0) -> torch.Tensor:
