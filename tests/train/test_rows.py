@@ -123,6 +123,20 @@ def test_rows_of_a_trainer(tmp_path, model, run, rows) -> None:
             assert sorted(held) == sorted([*range(2, 10), 12, 13, E, E])
 
 
+def test_rows_of_a_stream(tmp_path, model) -> None:
+    tokenizer = tiny_tokenizer("<bos> $A")
+    run = RunArguments(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=5, max_steps=1, packing=True,
+        packing_strategy="wrapped", eval_strategy="no", save_strategy="no",
+    )  # fmt: skip
+    stream = Dataset.from_list(LONG).to_iterable_dataset()
+    trainer = SparseSFTTrainer(
+        model=model, args=run, train_dataset=stream, processing_class=tokenizer
+    )
+    rows = [row["input_ids"] for row in trainer.train_dataset]
+    assert rows == [[B, 2, 3, 4, 5], [B, 6, 7, 8, 9], [B, E, B, 12, 13], [B, E]]
+
+
 def test_several_pieces_share_a_row(tmp_path, model) -> None:
     trainer, got = prepared(
         tmp_path, model, LONG, max_length=7, packing=True, packing_strategy="bfd_split"
