@@ -19,6 +19,7 @@ from seft_ds.baselines.methods import find_method
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, versions
 from seft_ds.checkpoint.model import write_on_first
 from seft_ds.checkpoint.pruned import nonzero_live
+from seft_ds.checkpoint.tokenizer_files import Changes
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.errors import RunError
 from seft_ds.sparse import mask
@@ -33,6 +34,7 @@ def save_merged(
     output_dir: str | Path,
     about: dict[str, Any],
     sums: dict[str, torch.Tensor] | None = None,
+    tokenizer: Changes | None = None,
 ) -> dict[str, Any]:
     """Write the model with its adapters merged; returns its sparsity record on every rank. A collective.
 
@@ -40,6 +42,7 @@ def save_merged(
         source_dir: where config and tokenizer come from.
         about: further entries for `sparsity.json`.
         sums: Σ x² of the inputs of each target, where the method prunes again.
+        tokenizer: what the run changed of the source's tokenizer.
 
     Raises:
         ValueError: `output_dir` holds a model already. RunError: a merged weight is not finite.
@@ -60,7 +63,7 @@ def save_merged(
     facts = about_adapters(adapters, source_dir) | about
     return write_on_first(
         ranks, gathered, merged, output_dir, layout=layout, targets=targets, source_dir=source_dir,
-        about=facts,
+        about=facts, tokenizer=tokenizer,
     )  # fmt: skip
 
 

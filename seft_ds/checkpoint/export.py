@@ -29,6 +29,7 @@ import torch
 
 from seft_ds.checkpoint.manifest import aside_of
 from seft_ds.checkpoint.shard_files import ShardWriter, index_of, plan_shards
+from seft_ds.checkpoint.tokenizer_files import Changes, put_changes
 from seft_ds.checkpoint.verify import FORMAT, RECORD_NAME, model_digest, packed_digest, verify
 from seft_ds.json_file import read_object
 from seft_ds.sparse import mask
@@ -78,14 +79,15 @@ def write_sparse_model(
     targets: dict[str, TargetInfo],
     source_dir: str | Path,
     about: dict[str, Any],
+    tokenizer: Changes | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> dict[str, Any]:
     """Write a model directory and return its sparsity record, as `sparsity.json` holds it.
 
     `tensors` yields (name, full tensor) for everything in `layout`, in any order and on any device;
     each is cast to its layout dtype, written and let go. `source_dir` is where the config and the
-    tokenizer come from: a model directory, or a name that transformers can load. `output_dir` may hold
-    other files of a run, but no model.
+    tokenizer come from: a model directory, or a name that transformers can load; `tokenizer` is what the
+    run changed of it. `output_dir` may hold other files of a run, but no model.
 
     Raises ValueError for what the caller can change (a model is there already, tensors or targets that
     do not fit the layout) and RuntimeError, naming the tensor, if the files read back differ.
@@ -100,6 +102,7 @@ def write_sparse_model(
     aside.mkdir()
     try:
         copy_side_files(source_dir, aside, _main_dtype(layout))
+        put_changes(aside, tokenizer or {})
         entries, raised = _write_tensors(aside, tensors, layout, targets, max_shard_bytes)
         record = _sparsity_record(entries, raised, len(layout), about)
         _write_json(aside / RECORD_NAME, record)

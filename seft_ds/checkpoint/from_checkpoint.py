@@ -26,6 +26,7 @@ from seft_ds.checkpoint.parts import (
     target_infos,
 )
 from seft_ds.checkpoint.pieces import Pieces
+from seft_ds.checkpoint.tokenizer_files import read_changes
 from seft_ds.json_file import shown
 from seft_ds.naming import FUSED, Naming
 from seft_ds.sparse import mask
@@ -68,6 +69,7 @@ def export_checkpoint(
         targets=_target_infos(pieces, naming),
         source_dir=source,
         about=about_run(source, meta.step, (meta.n_events, meta.n_exchanges), meta.config),
+        tokenizer=read_changes(tag.parent),
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from seft_ds.checkpoint.export import TargetInfo, about_run, write_sparse_model
 from seft_ds.checkpoint.parts import part_bits, stored_infos, stored_pieces, target_infos
+from seft_ds.checkpoint.tokenizer_files import Changes
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.naming import Naming, naming_of_model
 from seft_ds.sparse.linear import is_slot_parameter
@@ -19,7 +20,11 @@ from seft_ds.zero.engine import SparseEvolution
 
 
 def save_model(
-    engine: Any, source_dir: str | Path, output_dir: str | Path, about: dict[str, Any] | None = None
+    engine: Any,
+    source_dir: str | Path,
+    output_dir: str | Path,
+    about: dict[str, Any] | None = None,
+    tokenizer: Changes | None = None,
 ) -> dict[str, Any]:
     """Write the trained model of `engine` to `output_dir`; returns its sparsity record on every rank.
 
@@ -29,6 +34,7 @@ def save_model(
     Args:
         source_dir: where config and tokenizer come from.
         about: further entries for `sparsity.json`.
+        tokenizer: what the run changed of the source's tokenizer.
 
     Raises:
         ValueError: `output_dir` holds a model already. RuntimeError: an invariant or the files don't hold.
@@ -53,7 +59,7 @@ def save_model(
     )
     return write_on_first(
         seft.ranks, gathered, gathered, output_dir, layout=layout, targets=targets, source_dir=source_dir,
-        about=facts,
+        about=facts, tokenizer=tokenizer,
     )  # fmt: skip
 
 

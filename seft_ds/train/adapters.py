@@ -109,8 +109,9 @@ def train_adapters(job: Job) -> None:
         sums = input_square_sums(engine, adapters.layers, sequences, job.ranks)
     about = record_facts(arguments, data.begins_with) | {"steps": trainer.state.global_step}
     record = save_merged(
-        trainer.model_wrapped, adapters, job.ranks, job.folder, job.output, about, sums
-    )
+        trainer.model_wrapped, adapters, job.ranks, job.folder, job.output, about, sums,
+        trainer.tokenizer_changes,
+    )  # fmt: skip
     if job.ranks.rank == 0:
         callback.write(
             "end",

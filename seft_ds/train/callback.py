@@ -26,14 +26,17 @@ from seft_ds.api import attach
 from seft_ds.checkpoint.export import versions
 from seft_ds.checkpoint.manifest import MANIFEST_NAME, entries_below, seal
 from seft_ds.checkpoint.model import save_model
+from seft_ds.checkpoint.tokenizer_files import Changes, save_changes
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.errors import RunError
+from seft_ds.json_file import read_object
 from seft_ds.signals import active_request, watch_signals
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.measuring import MemoryMeter, write_measurements
 from seft_ds.train.progress import Topology
 from seft_ds.train.reproduce import command_line, machine
+from seft_ds.train.template import changes_from
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.initialize import find_attached
 
@@ -62,6 +65,7 @@ class SeftCallback(JournaledRun):
         self.hold_signals = False  # whoever sets it calls close_signals() later
         self.stopped_by: str | None = None  # the signal that ended training, on any rank
         self.model: Any = None
+        self.tokenizer: Any = None
         self.memory = MemoryMeter()  # whoever has a plan of memory sets its `plan`
 
     @property
@@ -94,7 +98,13 @@ class SeftCallback(JournaledRun):
                 f"training was stopped by {self.stopped_by}; resume from {self.last_checkpoint} instead of "
                 "saving a half-trained model (launch/export.py makes one of a checkpoint)"
             )
-        return save_model(self.engine, find_attached(self.model).source_dir, output_dir)  # type: ignore[union-attr]
+        source = find_attached(self.model).source_dir  # type: ignore[union-attr]
+        return save_model(self.engine, source, output_dir, tokenizer=self._tokenizer_changes())
+
+    def _tokenizer_changes(self) -> Changes:
+        if self.tokenizer is None or self.seft.ranks.rank:
+            return {}
+        return changes_from(find_attached(self.model).source_dir, self.tokenizer)  # type: ignore[union-attr]
 
     # What Trainer calls.
 
@@ -107,9 +117,11 @@ class SeftCallback(JournaledRun):
                 '"zero_optimization" section) in TrainingArguments'
             )
         self.model = kwargs["model"]
+        self.tokenizer = kwargs.get("processing_class")
         hide_seft_block(args)
         if find_attached(self.model) is None:
             attach(self.model, self.config if self.config is not None else args.deepspeed)
+        check_vocabulary(self.model, find_attached(self.model).source_dir)  # type: ignore[union-attr]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -155,6 +167,7 @@ class SeftCallback(JournaledRun):
 
         def seal_once() -> None:
             if seft.ranks.rank == 0 and not (folder / MANIFEST_NAME).is_file():
+                save_changes(folder, self._tokenizer_changes())
                 seal(folder, entries_below(folder, {}))
 
         seft.ranks.barrier()  # every rank has written its files
@@ -218,6 +231,25 @@ class SeftCallback(JournaledRun):
             ],
             "versions": versions(),
         } | self.about
+
+
+def check_vocabulary(model: Any, source_dir: str) -> None:
+    """Has the model as many token embeddings as the folder that its config and tokenizer are saved from?
+
+    Raises:
+        ValueError: tokens were added to it in memory, as TRL's chat_template_path does.
+    """
+    path = Path(source_dir) / "config.json"
+    if not path.is_file():
+        return
+    stored = read_object(path)
+    stored = stored if "vocab_size" in stored else stored.get("text_config") or {}
+    now = getattr(model.config.get_text_config(), "vocab_size", None)
+    if isinstance(stored.get("vocab_size"), int) and now not in (None, stored["vocab_size"]):
+        raise ValueError(
+            f"the model has {now} token embeddings, and {path} says {stored['vocab_size']}: save the model "
+            "with its new tokens first, and repair that one (chat_template_path of a .jinja file adds none)"
+        )
 
 
 def hide_seft_block(args: TrainingArguments) -> None:

@@ -38,6 +38,7 @@ from seft_ds.train.rows import check_length
 from seft_ds.train.run_dir import RunLock
 from seft_ds.train.sample import check_template, describe_sample
 from seft_ds.train.sources import Rows, read_sources
+from seft_ds.train.template import changes_from, use_template
 from seft_ds.train.trainer import SparseSFTTrainer
 
 
@@ -125,8 +126,9 @@ def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRan
     for folder in folders:
         agree(ranks, all_or_none(ranks, partial(folder_facts, folder)), f"the files of {folder}")
     data = arguments.data
-    for file in (*(data.train_file or []), data.validation_file):
-        if file:
+    template = arguments.run.chat_template_path
+    for file in (*(data.train_file or []), data.validation_file, template):
+        if file and not Path(file).is_dir() and (file != template or Path(file).exists()):
             agree(ranks, all_or_none(ranks, partial(file_facts, Path(file))), f"the data {file}")
 
 
@@ -180,6 +182,7 @@ def read_data(job: Job) -> Data:
     with arguments.run.main_process_first(desc="reading the data"):
         rows, held_out = read_sources(arguments.data, arguments.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(job.folder, trust_remote_code=False)
+    all_or_none(job.ranks, lambda: use_template(tokenizer, arguments.run))
     check_template(rows, tokenizer, arguments.run)
     check_length(arguments.run, tokenizer)
     measurement = prepare_measurement(arguments.evaluation, arguments.run, tokenizer, job.ranks)
@@ -206,8 +209,9 @@ def make_trainer(
         run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
     continued = goes_on(job.output, job.checkpoint, run.resume)
     opening = OpenRun(job.output, job.arguments, continued, job.ranks, job.checkpoint, job.lock)
-    # Trainer wants rows for any evaluation; a measurement needs none.
-    strategy = run.eval_strategy
+    # Trainer wants rows for any evaluation; a measurement needs none. The tokenizer has its template.
+    strategy, template = run.eval_strategy, run.chat_template_path
+    run.chat_template_path = None
     if data.held_out is None:
         run.eval_strategy = IntervalStrategy.NO
     trainer = SparseSFTTrainer(
@@ -218,7 +222,8 @@ def make_trainer(
         processing_class=data.tokenizer,
         callbacks=[opening, callback],
     )
-    run.eval_strategy = strategy
+    run.eval_strategy, run.chat_template_path = strategy, template
+    trainer.tokenizer_changes = changes_from(job.folder, data.tokenizer)
     callback.trainer = trainer
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

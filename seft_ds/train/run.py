@@ -73,7 +73,9 @@ def train_slots(job: Job) -> None:
             job.say(f"stopped by {callback.stopped_by}: {how_to_go_on(callback, job.output)}")
             return
         about = record_facts(job.arguments, data.begins_with)
-        record = save_model(trainer.model_wrapped, job.folder, job.output, about)
+        record = save_model(
+            trainer.model_wrapped, job.folder, job.output, about, trainer.tokenizer_changes
+        )
         if job.ranks.rank == 0:
             finish(job.output, record)
     finally:

@@ -22,6 +22,10 @@ def check_template(rows: Rows, tokenizer: Any, run: Any) -> None:
             "template: give --chat_template_path (a .jinja file, or the folder of a model that has one), or "
             "data with prompt and completion"
         )
+    if run.chat_template_path and not chats:
+        raise ValueError(
+            f"--chat_template_path is for messages, and the rows have {' and '.join(row)}; leave it out"
+        )
     if run.assistant_only_loss and not chats:
         raise ValueError(
             f"--assistant_only_loss is of messages, and the rows have {' and '.join(row)}; leave it out (of "

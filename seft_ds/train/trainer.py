@@ -18,6 +18,7 @@ from seft_ds.beginning import beginning_of
 from seft_ds.checkpoint.manifest import FileEntry, checkpoints_in, entries_below, hash_file
 from seft_ds.checkpoint.model import save_model
 from seft_ds.checkpoint.together import write_together
+from seft_ds.checkpoint.tokenizer_files import Changes, save_changes
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.train.distill import token_losses
 from seft_ds.train.evaluating import Measurement
@@ -32,6 +33,7 @@ class SparseSFTTrainer(SFTTrainer):
     """
 
     seft_source = ""
+    tokenizer_changes: Changes = {}  # what the run changed of the source's tokenizer
     measurement: Measurement | None = None  # beside the loss, at each evaluation
     control: Any
     teacher: Any = None  # the dense model, for distillation
@@ -42,7 +44,10 @@ class SparseSFTTrainer(SFTTrainer):
         """Write the sparse model. Inside a checkpoint the weights are in the engine's own files."""
         if not _internal_call:
             save_model(
-                self.model_wrapped, self.seft_source, output_dir or str(self.args.output_dir)
+                self.model_wrapped,
+                self.seft_source,
+                output_dir or str(self.args.output_dir),
+                tokenizer=self.tokenizer_changes,
             )
 
     def compute_loss(
@@ -140,6 +145,8 @@ class SparseSFTTrainer(SFTTrainer):
                 self._aside = None
                 seft.last_checkpoint = before
             self._put_best(best, aside / target.name)
+            if seft.ranks.rank == 0:
+                save_changes(aside / target.name, self.tokenizer_changes)
             return self._own_files(aside, target.name)
 
         def complete(aside: Path, entries: dict[str, FileEntry]) -> dict[str, FileEntry]:
