@@ -6,7 +6,8 @@
 
 Runs the same under `python`, `deepspeed` and `torchrun`; several ranks share the windows of the
 text and the requests of the tasks, and every one of them holds the whole model. Exit status: 0; 2 for a
-mistake in the input; 1 for any other error, the loss of a rank among them.
+mistake in the input; 1 if a task failed (the others' results are written), and for any other error, the
+loss of a rank among them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.console import model_folder, prepare_device, run, torch_dtype
 from seft_ds.devices import settle_accelerator
+from seft_ds.errors import RunError
 
 
 @dataclass
@@ -98,14 +100,17 @@ def evaluate(options: EvaluateArguments) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from seft_ds.beginning import in_words
+    from seft_ds.distributed.agreement import all_or_none
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers
     from seft_ds.evaluate.perplexity import write_json
 
-    manager = None if options.tasks is None else known_tasks(options)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ranks = init_ranks()
     watch_peers(ranks)
+    manager = None
+    if options.tasks is not None:
+        manager = all_or_none(ranks, lambda: known_tasks(options))
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch_dtype(options.dtype), trust_remote_code=False
     )
@@ -122,6 +127,10 @@ def evaluate(options: EvaluateArguments) -> None:
         write_json(options.output_path, results)
         print(f"wrote {options.output_path}")
     close_ranks()
+    failed = results.get("tasks", {}).get("failed", {})
+    if failed:
+        told = "; ".join(f"task {name} failed: {why}" for name, why in failed.items())
+        raise RunError(f"{told}. The other results are above")
 
 
 def on_text(options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any) -> dict[str, Any]:
@@ -148,10 +157,13 @@ def on_text(options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any) 
 
 
 def known_tasks(options: EvaluateArguments) -> Any:
-    """lm-eval's index of tasks, once it holds all that were asked for."""
+    """lm-eval's index of tasks, once it holds all that were asked for, and their data can be read."""
     from seft_ds.evaluate import harness
 
-    return harness.task_manager(task_names(options.tasks or ""), options.include_path)
+    names = task_names(options.tasks or "")
+    manager = harness.task_manager(names, options.include_path)
+    harness.load_tasks(names, manager)
+    return manager
 
 
 def on_tasks(

@@ -24,6 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
+from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate.lockstep import Lockstep
 
@@ -94,7 +95,12 @@ class SharedModel(HFLM):
             with Lockstep(self.model, self.ranks, self.sharded, self.device):
                 return method(part, disable_tqdm=quiet) if part else []
 
-        return answer_together(requests, answer, self.ranks)
+        def safely(part: list) -> list:
+            """If one rank can't answer its share, every rank knows."""
+            return all_or_none(self.ranks, lambda: answer(part))
+
+        # In a sharded model a forward pass is a collective itself: a rank can't fail alone.
+        return answer_together(requests, answer if self.sharded else safely, self.ranks)
 
     def _model_generate(self, context: Any, max_length: int, stop: Any, **settings: Any) -> Any:
         # transformers would keep the ranks together too, call by call of its own; Lockstep does it for all.
@@ -117,6 +123,32 @@ def task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
     manager = TaskManager(include_path=include_path)
     check_names(tasks, manager)
     return manager
+
+
+def load_tasks(tasks: Sequence[str], manager: TaskManager) -> dict[str, Any]:
+    """{name: the tasks that it stands for}, with their data.
+
+    Raises:
+        ValueError: naming each task that can't be loaded, and why.
+    """
+    loaded, failed = {}, []
+    for name in dict.fromkeys(tasks):
+        try:
+            with quiet_library(progress=False):
+                loaded[name] = manager.load([name])
+        except Exception as error:  # whatever a YAML file, its functions and its data meet
+            failed.append(f"task {name} can't be loaded: {reason(error)}")
+    if failed:
+        raise ValueError(
+            f"{'; '.join(failed)}. Correct its YAML or data file, or leave it out of the tasks"
+        )
+    return loaded
+
+
+def reason(error: BaseException) -> str:
+    """An error's type and first line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400]
 
 
 def check_names(tasks: Sequence[str], manager: TaskManager) -> None:
@@ -144,22 +176,19 @@ def evaluate_tasks(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """lm-eval's results for `tasks`, on every rank.
+    """lm-eval's results for `tasks`, on every rank; under "failed" why there are none of a task.
 
     `limit` is documents per task; below 1 a share of them. `add_bos_token`: requests begin as the tokenizer
     begins a text, which is lm-eval's default; False: with nothing before the text.
-    Collectives: one per kind of request, and, with `sharded` (a model under ZeRO-3), one before each
-    forward pass beside the model's own. The state of the random number generators is kept, and so is the
-    model's mode.
+    Collectives: one per task, one or two per kind of its requests, and, with `sharded` (a model under
+    ZeRO-3), one before each forward pass beside the model's own. The state of the random number generators is
+    kept, and so is the model's mode.
     Without a network the tasks' data must be local (YAMLs with data files) or cached.
     """
     was_training = model.training
-    loaded = manager.load(list(tasks))
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SEED)
-    with kept_random_state(), quiet_library(progress):
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    with quiet_library(progress):
         shared = SharedModel(
             ranks,
             sharded,
@@ -171,12 +200,45 @@ def evaluate_tasks(
             max_length=max_length_tokens,
             add_bos_token=None if add_bos_token else False,
         )
-        # Not simple_evaluate, which only on some ranks has results, and asks git about the working directory.
-        results = evaluate(
-            lm=shared, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1000
-        )
+        for name in dict.fromkeys(tasks):
+            found, problem = _evaluate_one(shared, name, manager, limit), None
+            if isinstance(found, Exception):
+                problem = reason(found)
+            problems = ranks.gather_object(problem)  # a lost rank ends the evaluation here
+            if any(problems):
+                failed[name] = next(p for p in problems if p)
+            else:
+                _merge(results, found)  # type: ignore[arg-type]
     model.train(was_training)
-    return results
+    return results | ({"failed": failed} if failed else {})
+
+
+def _evaluate_one(
+    shared: SharedModel, name: str, manager: TaskManager, limit: float | None
+) -> dict[str, Any] | Exception:
+    """The results of one task or group, or what went wrong: the results of the others are not lost by it."""
+    try:
+        loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_SEED)
+        # Not simple_evaluate, which only on some ranks has results, and asks git about the working directory.
+        with kept_random_state():
+            return evaluate(
+                lm=shared, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1000
+            )
+    except Exception as error:
+        return error
+
+
+def _merge(results: dict[str, Any], found: dict[str, Any]) -> None:
+    """Add one task's results to those of the others."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            results.setdefault(key, {}).update(value)
+        else:
+            results[key] = value
 
 
 @contextmanager
@@ -227,6 +289,8 @@ def quiet_library(progress: bool) -> Iterator[None]:
 
 def as_table(results: dict[str, Any]) -> str:
     """The results as a table for people, the groups' averages below the tasks."""
+    if not results.get("results"):
+        return "no task has results"
     tables = [make_table(results)]
     if results.get("groups"):
         tables.append(make_table(results, "groups"))
@@ -235,7 +299,7 @@ def as_table(results: dict[str, Any]) -> str:
 
 def as_json(results: dict[str, Any]) -> dict[str, Any]:
     """The parts of the results that a file should keep: metrics, averages, counts and versions."""
-    kept = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better")
+    kept = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better", "failed")
     return {key: results[key] for key in kept if key in results}
 
 

@@ -6,6 +6,7 @@ Under ZeRO-3 the weights stay partitioned: each forward pass gathers them layer 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,8 @@ class Measurement:
                 sharded=sharded, device=device,
             )  # fmt: skip
             found |= harness.figures(results)
+            for name, why in results.get("failed", {}).items() if ranks.rank == 0 else ():
+                print(f"warning: task {name} failed: {why}", file=sys.stderr)
         found["measurement_runtime"] = ranks.gather_object(time.perf_counter() - started)[0]
         return found
 
@@ -137,6 +140,7 @@ def prepare_measurement(
             from seft_ds.evaluate import harness
 
             manager = harness.task_manager(tasks, evaluation.eval_include_path)
+            harness.load_tasks(tasks, manager)
         if evaluation.eval_text_file:
             text = perplexity.read_text(evaluation.eval_text_file)
             windows = perplexity.windows_of(

@@ -17,6 +17,7 @@ from seft_ds.evaluate.harness import (
     check_names,
     evaluate_tasks,
     figures,
+    load_tasks,
     shares,
     task_manager,
 )
@@ -54,6 +55,8 @@ metric_list:
     aggregation: weighted_perplexity
     higher_is_better: false
 """
+
+BROKEN = CHOICE.replace('"{{{{query}}}}"', '"{{{{query if gold == 1 else 1 / 0}}}}"')
 
 
 @dataclass
@@ -100,6 +103,11 @@ def task_folder(tmp_path_factory):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, template in (("choice", CHOICE), ("rolling", ROLLING)):
         (folder / f"{name}.yaml").write_text(template.format(rows=folder / "rows.jsonl"))
+    odd = [*rows[:3], rows[3] | {"gold": 2}]
+    (folder / "odd.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    for name, template, data in (("broken", BROKEN, "odd"), ("missing", CHOICE, "none")):
+        text = template.format(rows=folder / f"{data}.jsonl").replace("tiny_choice", f"tiny_{name}")
+        (folder / f"{name}.yaml").write_text(text)
     return folder, rows
 
 
@@ -206,3 +214,27 @@ def test_unknown_tasks_and_folders_are_named(task_folder, manager):
         task_manager(["tiny_choice"], str(folder / "absent"))
     with pytest.raises(ValueError, match="names no task"):
         task_manager([], None)
+
+
+def test_a_task_that_fails_loses_no_other_result(task_folder, manager):
+    """One whose data is missing is named before anything is measured; one that fails later is left out."""
+    names = ["tiny_broken", "tiny_choice"]
+    with pytest.raises(
+        ValueError, match="task tiny_missing can't be loaded: .*none.jsonl"
+    ) as caught:
+        load_tasks(["tiny_choice", "tiny_missing"], manager)
+    assert "tiny_choice" not in str(caught.value)
+    assert set(load_tasks(names, manager)) == set(names)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+
+    def work(ranks):
+        return evaluate_tasks(model, tokenizer, names, ranks, manager=manager, batch_size=2)
+
+    for found in run_threads(2, work):
+        assert set(found["results"]) == {"tiny_choice"}
+        assert found["results"]["tiny_choice"]["acc,none"] == slow_accuracy(
+            model, tokenizer, task_folder[1]
+        )
+        assert found["failed"].keys() == {"tiny_broken"}
+        assert "ZeroDivisionError: division by zero" in found["failed"]["tiny_broken"]
+        assert as_json(found)["failed"] == found["failed"] and "tiny_choice" in as_table(found)
