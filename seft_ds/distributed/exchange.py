@@ -2,8 +2,8 @@
 
 Every position has a worth (`seft_ds.sparse.curvature`): of the value that it holds if it is live, of the one
 that it would come back with if it is dead. As long as the best dead position is worth more than the worst
-live one that no slot holds, the two change places. The live count of a group stays exactly what it was, and
-the choice is the same on any number of ranks (ties: lowest position first).
+live one that no slot holds, the two change places; two of equal worth never do. The live count of a group
+stays exactly what it was, and the choice is the same on any number of ranks (ties: lowest position first).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 
 from seft_ds.distributed.collectives import Ranks
-from seft_ds.distributed.selection import KeysOnDemand, above_cut, find_cuts, select
+from seft_ds.distributed.selection import KeysOnDemand, blocks, find_cuts, select
 from seft_ds.sparse import mask, radix
 from seft_ds.sparse.topology import masked_keys
 
@@ -62,7 +62,7 @@ class Exchange:
 def plan_exchange(
     stakes: list[Stakes], group: list[int], most: list[int], ranks: Ranks
 ) -> tuple[list[Exchange], list[int]]:
-    """Decide one exchange. A collective: one small sum and three selections.
+    """Decide one exchange. A collective: two small sums and three selections.
 
     Args:
         stakes: this rank's shard of each weight, in order.
@@ -70,24 +70,41 @@ def plan_exchange(
         most: of each group, how many may come back.
 
     Returns:
-        The changes of each weight, and of each group how many would have paid off.
+        The changes of each weight, and of each group how many would have paid off: the most pairs, best dead
+        with worst live and so on, whose dead position is worth strictly more.
     """
-    device = stakes[0].worth.device
-    counts = torch.zeros(len(most), dtype=torch.int64, device=device)
-    for g, s in zip(group, stakes, strict=True):
-        counts[g] += s.live.sum()
-    live = ranks.sum_(counts).tolist()
-    every = [_on_demand(s, _keys_of_all) for s in stakes]
-    counts.zero_()
-    for g, s, keys, cut in zip(group, stakes, every, find_cuts(every, group, live, ranks)):
-        counts[g] += (~s.live[above_cut(keys, cut)]).sum()
-    paying = ranks.sum_(counts).tolist()
+    paying = _count_paying(stakes, group, len(most), ranks)
     k = [min(a, b) for a, b in zip(paying, most, strict=True)]
     dead = [_on_demand(s, _keys_of_dead) for s in stakes]
     revived = select(dead, group, k, ranks, few=True)
     free = [_on_demand(s, _keys_of_live) for s in stakes]
     pruned = select(free, group, k, ranks, few=True)
     return [Exchange(r, p) for r, p in zip(revived, pruned, strict=True)], paying
+
+
+def _count_paying(
+    stakes: list[Stakes], group: list[int], n_groups: int, ranks: Ranks
+) -> list[int]:
+    """How many exchanges of each group pay off. Two small sums and a selection.
+
+    Of the dead and the free live positions together the best would stay, as many as there are free live
+    ones. v: the worth of the last of them. k pairs pay if some worth t lies between them: k dead ones above
+    it, and k free ones not above it. Beyond v the dead ones are too few, below it the free ones. So
+    t = v gives the number of dead ones above v, t just below v that of free ones below it.
+    """
+    device = stakes[0].worth.device
+    live = torch.zeros(n_groups, dtype=torch.int64, device=device)
+    for g, s in zip(group, stakes, strict=True):
+        live[g] += s.live.sum()
+    every = [_on_demand(s, _keys_of_all) for s in stakes]
+    cuts = find_cuts(every, group, ranks.sum_(live).tolist(), ranks)
+    counts = torch.zeros(n_groups, 2, dtype=torch.int64, device=device)
+    for g, s, keys, (threshold, _) in zip(group, stakes, every, cuts, strict=True):
+        for begin, block in blocks(keys):
+            alive = s.live_at(slice(begin, begin + block.numel(), 1))
+            counts[g, 0] += ((block > threshold) & ~alive).sum()
+            counts[g, 1] += ((block < threshold) & alive).sum()  # held ones have the highest key
+    return ranks.sum_(counts).amax(1).tolist()
 
 
 # worth, live and held of some positions -> their keys

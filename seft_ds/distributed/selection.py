@@ -87,7 +87,7 @@ def _cuts(
     for shift, bits in radix.DIGITS:
         counts = torch.zeros(len(k), 1 << bits, dtype=torch.int64, device=device)
         for g, shard in zip(group, candidates, strict=True):
-            for _, block in _blocks(shard):
+            for _, block in blocks(shard):
                 counts[g] += radix.histogram(_possible(block), shift, bits)
         ranks.sum_(counts)
         if bool((counts.sum(1) < remaining).any()):
@@ -128,7 +128,7 @@ def _at(keys: Keys, where: slice) -> torch.Tensor:
     return keys.make(where) if isinstance(keys, KeysOnDemand) else keys[where]
 
 
-def _blocks(keys: Keys) -> Iterator[tuple[int, torch.Tensor]]:
+def blocks(keys: Keys) -> Iterator[tuple[int, torch.Tensor]]:
     """(index of the first, keys) of runs of the keys; one at least, so that there is something to join."""
     size = _BLOCK_ON_CPU if keys.device.type == "cpu" else _BLOCK_ELSEWHERE
     n = _numel(keys)
@@ -139,7 +139,7 @@ def _blocks(keys: Keys) -> Iterator[tuple[int, torch.Tensor]]:
 def _reaching(keys: Keys, floor: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(indices, keys), ascending by index, of the keys that are at least `floor`."""
     indices, found = [], []
-    for begin, block in _blocks(keys):
+    for begin, block in blocks(keys):
         index = (block >= floor).nonzero().squeeze(1)
         found.append(block[index])
         indices.append(index + begin)
@@ -154,7 +154,7 @@ def _possible(keys: torch.Tensor) -> torch.Tensor:
 def _with_digit(keys: Keys, shift: int, bits: int, wanted: torch.Tensor) -> torch.Tensor:
     """The keys (m,) that may be chosen and have this digit."""
     found = []
-    for _, block in _blocks(keys):
+    for _, block in blocks(keys):
         same = radix.digit(block, shift, bits) == wanted
         found.append(block[same & (block >= 0)])
     return torch.cat(found)
@@ -182,7 +182,7 @@ def above_cut(keys: Keys, cut: tuple[int, int]) -> torch.Tensor:
     """Ascending indices into this rank's shard of what a cut chooses."""
     threshold, take = cut
     chosen = []
-    for begin, block in _blocks(keys):
+    for begin, block in blocks(keys):
         above = (block > threshold).nonzero().squeeze(1)
         if take:
             ties = (block == threshold).nonzero().squeeze(1)[:take]

@@ -31,7 +31,7 @@ def random_stakes(seed: int, kind: str) -> list[Stakes]:
     for n in SIZES:
         worth = torch.rand(n, generator=g)
         if kind == "ties":
-            worth = worth.mul(4).floor().div(4)
+            worth = worth.mul(1 << seed % 3).round()  # of two, three and five values
         elif kind in ("equal", "zero"):
             worth = torch.full((n,), float(kind == "equal"))
         live = torch.rand(n, generator=g) < 0.5
@@ -43,7 +43,7 @@ def random_stakes(seed: int, kind: str) -> list[Stakes]:
 def reference(
     stakes: list[Stakes], group: list[int], most: list[int]
 ) -> tuple[list[tuple[set[int], set[int]]], list[int]]:
-    """Pair the best dead position with the worst free live one, as long as that pays."""
+    """Pair the best dead position with the worst free live one, as long as it is worth strictly more."""
     out: list[tuple[set[int], set[int]]] = [(set(), set()) for _ in stakes]
     paying = []
     for g, limit in enumerate(most):
@@ -53,11 +53,8 @@ def reference(
         free = [(v, w, p) for v, w, p in every if stakes[w].live[p] and p not in stakes[w].held_at]
         dead.sort(key=lambda e: (-e[0], e[1], e[2]))
         free.sort(key=lambda e: (e[0], e[1], e[2]))
-        # Who stays if the best of all are taken, the held ones in any case, ties by position?
-        total = sum(int(stakes[w].live.sum()) for w in mine)
-        held = total - len(free)
-        best = sorted([*dead, *free], key=lambda e: (-e[0], e[1], e[2]))[: total - held]
-        paying.append(sum(not stakes[w].live[p] for _, w, p in best))
+        pairs = zip(dead, free, strict=False)
+        paying.append(sum(d[0] > f[0] for d, f in pairs))  # worth falls here and rises there
         for i in range(min(limit, paying[-1])):
             out[dead[i][1]][0].add(dead[i][2])
             out[free[i][1]][1].add(free[i][2])
