@@ -87,7 +87,7 @@ def event_views(matrices: int, positions: int, slots: int) -> dict[str, list[Any
             name="experts", lo=here.start, weight=weight[here], live=live[here], G=G[here], Q=Q[here],
             position=position[rows], slot=torch.arange(rows.start, rows.stop), delta=delta[rows],
             base=weight[position[rows]], born_dead=torch.zeros(rows.stop - rows.start).bool(),
-            n_slots=rows.stop - rows.start, seed=0, may_idle=True,
+            n_slots=rows.stop - rows.start, seed=0,
         )  # fmt: skip
 
     return {

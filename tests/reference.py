@@ -64,18 +64,18 @@ def event(
     adapt: bool = True,
     among: str = "all",
 ) -> list[Outcome]:
-    """One event over whole weights (algorithm: drop, grow, release, place, adapt)."""
-    ids = range(len(states))
-    groups = [list(ids)] if scope == "global" else [[w] for w in ids]
+    """One event over whole weights (algorithm: drop, grow, release, place, adapt; idle weights have none)."""
+    out = [Outcome(*[set() for _ in range(8)]) for _ in states]
+    ids = [w for w, s in enumerate(states) if any(s.G) or any(s.Q)]
+    groups = [[w] for w in ids]
     if scope == "global":
         plain = [w for w in ids if states[w].pattern is None]
         groups = ([plain] if plain else []) + [[w] for w in ids if states[w].pattern is not None]
-    out = [Outcome(*[set() for _ in range(8)]) for _ in ids]
     for group in groups:
         every = [(abs(states[w].delta[p]), w, p) for w in group for p in states[w].delta]
         for _, w, p in sorted(every)[: math.floor(rate * len(every))]:
             out[w].dropped.add(p)
-    payer: list[dict[int, int]] = [{} for _ in ids]
+    payer: list[dict[int, int]] = [{} for _ in states]
     for w in ids:
         s, o = states[w], out[w]
         held = set(s.delta) - o.dropped

@@ -41,7 +41,7 @@ _SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 _LEGAL_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 # What the writer itself puts into the record, so that `about` may not.
 _RECORD_KEYS = set("format pattern live total sparsity live_zeros_raised mask_digest".split())
-_RECORD_KEYS |= {"tensors", "targets"}
+_RECORD_KEYS |= {"tensors", "targets", "idle"}
 # Parts of a config that describe packed or quantised tensors, which these are not.
 _COMPRESSION_KEYS = {"quantization_config", "compression_config", "sparsity_config"}
 _SIDE_BYTES = 1 << 30
@@ -69,6 +69,7 @@ class TargetInfo:
     target_live: int | None = None
     changed_positions: int | None = None
     live_bits: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    idle: bool = False  # no gradient reached it in the whole run
 
 
 def write_sparse_model(
@@ -105,6 +106,8 @@ def write_sparse_model(
         put_changes(aside, tokenizer or {})
         entries, raised = _write_tensors(aside, tensors, layout, targets, max_shard_bytes)
         record = _sparsity_record(entries, raised, len(layout), about)
+        if idle := sorted(name for name, target in targets.items() if target.idle):
+            record["idle"] = idle
         _write_json(aside / RECORD_NAME, record)
         result = verify(aside)
         if not result.ok:

@@ -32,6 +32,7 @@ from seft_ds.naming import FUSED, Naming
 from seft_ds.sparse import mask
 from seft_ds.tensor_files import DTYPE_OF_CODE, INDEX_NAME, WEIGHTS_NAME, open_tensors, read_index
 from seft_ds.zero.fingerprint import fingerprint
+from seft_ds.zero.weight_state import never_moved
 
 
 def export_checkpoint(
@@ -201,14 +202,18 @@ def _target_infos(pieces: Pieces, naming: Naming) -> dict[str, TargetInfo]:
         ranges = [
             (p * target.part_numel, (p + 1) * target.part_numel) for p in range(target.n_parts)
         ]
+        touched = [mask.count(pieces.bits(i, "touched_bits", *at)) for at in ranges]
+        delta = pieces.by_slot(i, "delta", 0, target.n_slots)
+        idle = never_moved(delta, target.slots_by_part, touched)
         parts = [
             TargetInfo(
                 target.pattern_text,
                 wanted if adapt else None,
                 mask.count(pieces.bits(i, "live_bits", *at) ^ pieces.bits(i, "start_bits", *at)),
                 partial(pieces.bits, i, "live_bits", *at),  # read again, rather than kept
+                off,
             )
-            for at, wanted in zip(ranges, target.live_by_part, strict=True)
+            for at, wanted, off in zip(ranges, target.live_by_part, idle, strict=True)
         ]
         infos |= target_infos(naming, target, parts)
     return infos

@@ -106,16 +106,16 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _target_infos(seft: SparseEvolution, naming: Naming) -> dict[str, TargetInfo]:
     infos: dict[str, TargetInfo] = {}
-    changed = iter(seft.changed_positions())
+    changed, idle = iter(seft.changed_positions()), seft.unreached()
     for i, target in enumerate(s.target for s in seft.states):
         bits = seft.live_bits(i)  # a collective; only the rank that writes keeps it
         kept = part_bits(bits, target) if seft.ranks.rank == 0 else [None] * target.n_parts
         parts = [
             # Without `adapt` the count is a result, and nothing was aimed at.
             TargetInfo(
-                target.pattern_text, live if seft.config.adapt else None, next(changed), part
+                target.pattern_text, live if seft.config.adapt else None, next(changed), part, off
             )
-            for live, part in zip(target.live_by_part, kept, strict=True)
+            for live, part, off in zip(target.live_by_part, kept, idle[i], strict=True)
         ]
         infos |= target_infos(naming, target, parts)
     return infos

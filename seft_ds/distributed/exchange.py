@@ -82,9 +82,7 @@ def plan_exchange(
     return [Exchange(r, p) for r, p in zip(revived, pruned, strict=True)], paying
 
 
-def _count_paying(
-    stakes: list[Stakes], group: list[int], n_groups: int, ranks: Ranks
-) -> list[int]:
+def _count_paying(stakes: list[Stakes], group: list[int], n_groups: int, ranks: Ranks) -> list[int]:
     """How many exchanges of each group pay off. Two small sums and a selection.
 
     Of the dead and the free live positions together the best would stay, as many as there are free live

@@ -76,6 +76,10 @@ class Window:
         self.Q.addcmul_(self._step, self._step, value=scale * scale)
         self._step = None
 
+    def unfinished(self) -> list[torch.Tensor]:
+        """What it has of the step that is not closed yet."""
+        return [] if self._step is None else [self._step]
+
     def tensors(self) -> list[torch.Tensor]:
         """What it holds per position between steps: G and Q."""
         return [self.G, self.Q]

@@ -44,7 +44,7 @@ class Facts:
     def changes(self, event: str) -> str:
         """How often the topology changed, in words; "" if it never did. event: the word for an event."""
         exchanges = len({e["step"] for e in self.events if "exchange" in e})
-        events = sum("exchange" not in e for e in self.events)
+        events = sum("exchange" not in e and not _left_out(e) for e in self.events)
         counts = [(events, event), (exchanges, "exchange")]
         return ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for n, what in counts if n)
 
@@ -121,6 +121,11 @@ def _as_events(exchange: dict[str, Any]) -> list[dict[str, Any]]:
         for name, counts in found.items()
         if isinstance(counts, dict)
     ]
+
+
+def _left_out(event: dict[str, Any]) -> bool:
+    """Whether no part of the weight took part: no token reached it, or its sums overflowed."""
+    return bool(event.get("idle") or event.get("not_finite")) and not event.get("dropped")
 
 
 def live_totals(facts: Facts) -> tuple[int | None, int | None]:
@@ -264,7 +269,7 @@ def by_projection(facts: Facts) -> list[dict[str, Any]]:
     for event in facts.events:
         name = split_name(event["target"])[1]
         row = rows.setdefault(name, {"projection": name, **empty})
-        row["events"] += 1
+        row["events"] += not _left_out(event)
         live[bare(event["target"])] = int(number(event.get("live")))
         for key in CHURN_KEYS:
             row[key] += int(number(event.get(key)))

@@ -4,16 +4,19 @@
     step    step, loss, learning_rate, grad_norm; seconds, tokens (since the line before it)
     event   step, target, dropped, grown, kept, revived, died, folded, pruned, live, target_live,
             changed (positions whose live bit differs from the start), slots, cut (moments that 8-bit
-            state could not hold), seconds, bytes
-    exchange step, exchanged, most, paying, targets (name: revived, pruned, live, changed), seconds, bytes
-    skipped step, in_a_row, batches: a loss or gradient was not finite
+            state could not hold), seconds, bytes; parts that took no part: idle (no token reached them),
+            not_finite (their sums overflowed; only where there are some)
+    exchange step, exchanged, most, paying, targets (name: revived, pruned, live, changed, idle, not_finite),
+            seconds, bytes
+    skipped step, in_a_row, batches: a loss or gradient was not finite; weights: where the losses were finite
     fresh   step, largest_update, by_target, learning_rate: the step after an event, fresh slots only; updates
             over the factors of lr_scale
     eval    step, name, value
     memory  step, planned, measured (bytes by part, of rank 0), peak_bytes, peak_of: when training ended
     deltas  step, targets (name: rms, largest) of the slots held when training ended
     stop    step, why, checkpoint: a signal ended the run
-    end     step, seconds, live, target_live, changed_positions
+    end     step, seconds, live, target_live, changed_positions; unreached: a line on the weights that no
+            gradient reached, if there are some
 
 Each line is flushed as it is written, so that a run that dies loses at most the line it was writing.
 Such a torn last line is ignored by readers and cut off when the file is opened to append. A resumed

@@ -54,6 +54,9 @@ def evolution(facts: Facts) -> str:
         before = (
             "<p class='soft'>No event took place: the topology is the one the run started with.</p>"
         )
+    unreached = facts.end.get("unreached")
+    if isinstance(unreached, str):
+        before += f"<p>{escape(unreached[:1].upper() + unreached[1:])}.</p>"
     layers, projections, sizes = update_sizes(facts)
     if layers:
         note = "root mean square of what the slots held at the end have learnt"

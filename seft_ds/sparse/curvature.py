@@ -83,6 +83,10 @@ class Curvature:
         """fp32 (in,): mean of x² over the rows of all steps, and of all experts alike."""
         return self.input.view(-1, self._in_features).sum(0) / max(1, self.steps)
 
+    def unfinished(self) -> list[torch.Tensor]:
+        """What it has of the step that is not closed yet, of this rank."""
+        return [] if self._step_sums is None else [self._step_sums]
+
     def tensors(self) -> list[torch.Tensor]:
         """What it holds between steps, whole on every rank."""
         return [self.output, self.input]
@@ -99,6 +103,10 @@ class Factors:
     origin: int
     output: torch.Tensor  # fp32 (out,)
     input: torch.Tensor  # fp32 (in,)
+
+    def largest(self) -> torch.Tensor:
+        """fp32 (): the largest product of the two. 0: nothing reached the matrix; not finite: an overflow."""
+        return self.output.amax() * self.input.amax()
 
     def worth(self, weight: torch.Tensor, first: int, step: int = 1) -> torch.Tensor:
         """`worth` of values (n,) at the flat positions first, first + step, ..."""

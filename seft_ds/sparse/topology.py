@@ -35,8 +35,6 @@ class Shard:
     n_slots: int
     seed: int
     pattern: tuple[int, int] | None = None
-    # One matrix of one expert: if no token reached it in the window, it is left as it is.
-    may_idle: bool = False
     factors: Factors | None = None  # of the curvature, if it was measured
 
     def index(self, position: torch.Tensor) -> torch.Tensor:

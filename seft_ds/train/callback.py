@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from seft_ds.api import attach
@@ -33,7 +34,7 @@ from seft_ds.errors import RunError
 from seft_ds.json_file import read_object
 from seft_ds.signals import active_request, watch_signals
 from seft_ds.train.journaling import JournaledRun
-from seft_ds.train.measuring import MemoryMeter, write_measurements
+from seft_ds.train.measuring import MemoryMeter, describe_unreached, write_measurements
 from seft_ds.train.progress import Topology
 from seft_ds.train.reproduce import command_line, machine
 from seft_ds.train.template import changes_from
@@ -185,6 +186,7 @@ class SeftCallback(JournaledRun):
                 where = str(self.last_checkpoint)
                 self.write("stop", step=state.global_step, why=self.stopped_by, checkpoint=where)
             return
+        unreached = self._tell_unreached()
         write_measurements(self.seft, self.memory, None if self.journal is None else self.write)
         live, changed = sum(self.seft.live_counts()), sum(self.seft.changed_positions())
         if self.journal is not None:
@@ -195,7 +197,16 @@ class SeftCallback(JournaledRun):
                 live=live,
                 target_live=sum(s.target.target_live for s in self.seft.states),
                 changed_positions=changed,
+                **({"unreached": unreached} if unreached else {}),
             )
+
+    def _tell_unreached(self) -> str | None:
+        """Name the weights that no gradient reached, on the first rank. A collective."""
+        targets = [s.target for s in self.seft.states]
+        line = describe_unreached(targets, self.seft.unreached()) if self.seft.step else None
+        if line is not None and self.seft.ranks.rank == 0:
+            tqdm.write(line)  # a bar may be open
+        return line
 
     def close_signals(self) -> None:
         """Give the signals back, if they were taken."""

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from seft_ds.memory import Plan
+from seft_ds.targets import Target
 from seft_ds.zero.engine import SparseEvolution
 from seft_ds.zero.memory_use import held
+
+_SHOWN = 6  # names of weights in a line
 
 
 class MemoryMeter:
@@ -53,6 +56,24 @@ def peak() -> dict[str, Any]:
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
     return {"peak_bytes": most, "peak_of": "process, code and libraries included"}
+
+
+def describe_unreached(targets: list[Target], unreached: list[list[bool]]) -> str | None:
+    """A line on the weights that no gradient reached in the whole run; None if every one was.
+
+    unreached: of each target, which of its parts.
+    """
+    found = [(t, sum(parts)) for t, parts in zip(targets, unreached, strict=True) if any(parts)]
+    if not found:
+        return None
+    if all(all(parts) for parts in unreached):
+        return "no slot has moved: no gradient reached a weight, or the learning rate was 0"
+    names = [f"{n} of {t.n_parts} parts of {t.name}" if t.experts else t.name for t, n in found]
+    more = f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else ""
+    return (
+        f"no gradient reached {len(found)} of {len(targets)} sparse weights, which stay as they were: "
+        f"{', '.join(names[:_SHOWN])}{more}"
+    )
 
 
 def write_measurements(

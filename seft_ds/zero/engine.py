@@ -35,7 +35,7 @@ from seft_ds.zero.exchanges import Exchanges
 from seft_ds.zero.guard import StepGuard, describe_batches
 from seft_ds.zero.invariants import check_invariants
 from seft_ds.zero.slot_rates import SlotRates
-from seft_ds.zero.weight_state import WeightState, finish_curvature
+from seft_ds.zero.weight_state import WeightState, finish_curvature, never_moved
 
 _GATHER_SLOTS = 1 << 24  # slots whose deltas are gathered at a time: bounds the transient memory
 
@@ -175,21 +175,24 @@ class SparseEvolution:
     def _count_skipped(self, applied: bool) -> None:
         """Count steps that were not taken; RunError, on every rank, after too many in a row."""
         batches = self.guard.bad_batches()
+        # A loss that isn't finite makes all gradients so.
+        weights = [] if batches else self.guard.bad_weights()
         self.guard.reset()
         if applied:
             self.skipped_in_a_row = 0
             return
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self._tell(kind="skipped", in_a_row=self.skipped_in_a_row, batches=batches)
+        overflow = {"weights": weights} if weights else {}
+        self._tell(kind="skipped", in_a_row=self.skipped_in_a_row, batches=batches, **overflow)
         limit = self.config.max_skipped_steps
         if self.skipped_in_a_row <= limit:
             return
         where = f"the last good checkpoint is {self.last_checkpoint}"
         raise RunError(
             f"the loss or its gradient was not finite at step {self.step}, {self.skipped_in_a_row} steps in "
-            f"a row (max_skipped_steps is {limit}); {describe_batches(batches)}. The weights are those "
-            f"after step {self.step - self.skipped_in_a_row}; "
+            f"a row (max_skipped_steps is {limit}); {describe_batches(batches, weights)}. The weights are "
+            f"those after step {self.step - self.skipped_in_a_row}; "
             + (where if self.last_checkpoint else "no checkpoint has been written")
             + ". Look at these rows of the data, or lower the learning rate"
         )
@@ -300,10 +303,11 @@ class SparseEvolution:
         before = self._held_live(ready)
         for i, change in changes.items():
             self.states[i].apply(change)
+        self._warn_of_overflow([i for i in ready if changes[i].not_finite])
         by_part, cut, before_counts, changed = self._count_after(ready, before)
         counts = [sum(parts) for parts in by_part]
         seconds, sent = time.perf_counter() - started, self.ranks.bytes - bytes_before
-        self.n_events += len(ready)
+        self.n_events += sum(not changes[i].left_out(self.states[i].target.n_parts) for i in ready)
         self.event_seconds += seconds
         self.event_bytes += sent
         share = {"seconds": seconds / len(ready), "bytes": sent // len(ready)}
@@ -311,6 +315,15 @@ class SparseEvolution:
             measured = {"live": live, "cut": n_cut, "changed": moved, **share}
             self._record(self.states[i], changes[i], **measured)
         self._check_counts(ready, by_part, before_counts, changes)
+
+    def _warn_of_overflow(self, left_out: list[int]) -> None:
+        if left_out and self.ranks.rank == 0:
+            names = ", ".join(self.states[i].target.name for i in left_out)
+            warnings.warn(
+                f"step {self.step}: the gradient sums of {names} overflowed in the window; slots and live "
+                "positions there stay where they are",
+                stacklevel=2,
+            )
 
     def _by_rate(self, ready: list[int]) -> dict[float, list[int]]:
         """Weights that drop the same share are decided together (a first event drops every slot)."""
@@ -320,7 +333,8 @@ class SparseEvolution:
             rate = self.schedule.rate(i, self.step)
             assert rate is not None
             if self.schedule.replace_all_first and not self.states[i].n_events:
-                rate = 1.0  # every step of its first window was skipped: this is its first event
+                # No token came in its first window, or every step was skipped: this is its first event.
+                rate = 1.0
             groups.setdefault(rate, []).append(i)
         return groups
 
@@ -369,7 +383,8 @@ class SparseEvolution:
             pruned=change.pruned.numel(),
             target_live=state.target.target_live,
             slots=state.target.n_slots,
-            **({"idle": change.idle} if state.target.experts else {}),
+            idle=change.idle,
+            **({"not_finite": change.not_finite} if change.not_finite else {}),
             **measured,
         )
 
@@ -416,6 +431,17 @@ class SparseEvolution:
         """Positions of each part of each target whose live bit differs from the start."""
         counts = [s.count_by_part(s.live_bits ^ s.start_bits) for s in self.states]
         return self.ranks.sum_(torch.cat(counts)).tolist()
+
+    def unreached(self) -> list[list[bool]]:
+        """Of each target, which parts no gradient has reached in the whole run."""
+        touched = torch.cat([s.count_by_part(s.touched_bits) for s in self.states])
+        counts = iter(self.ranks.sum_(touched).tolist())
+        found: list[list[bool]] = []
+        for bucket in self._buckets():
+            for i, delta in zip(bucket, self.gather_deltas(bucket), strict=True):
+                slots = self.states[i].target.slots_by_part
+                found.append(never_moved(delta, slots, list(itertools.islice(counts, len(slots)))))
+        return found
 
     def delta_sizes(self) -> dict[str, dict[str, float]]:
         """{target: root mean square and largest |δ| of the slots that it holds now}."""

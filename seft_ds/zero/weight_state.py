@@ -121,6 +121,10 @@ class WeightState:
         curvature = self.curvature if self.measures else None
         return [sink for sink in (self.window, curvature) if sink is not None]
 
+    def step_sums(self) -> list[torch.Tensor]:
+        """What the window and the curvature have of the step that is not closed yet."""
+        return [x for sink in self.open_sinks() for x in sink.unfinished()]
+
     def kernel(self, tokens: int) -> str:
         return self.kernel_costs.fastest(self.problem, tokens, self.live_bits.device)
 
@@ -196,7 +200,7 @@ class WeightState:
         moved, rates = delta[self.slots.slot], self.rates_at(self.slots.position)
         if rates is not None:
             moved /= rates
-        factors = self._factors() if self.keeps_curvature else [None] * len(ranges)
+        factors = self.factors() if self.keeps_curvature else [None] * len(ranges)
         views = []
         for p, ((begin, end), n_slots) in enumerate(
             zip(ranges, self.target.slots_by_part, strict=True)
@@ -217,7 +221,6 @@ class WeightState:
                 n_slots=n_slots,
                 seed=seed,
                 pattern=self.target.pattern,
-                may_idle=self.target.experts > 0,
                 factors=factors[p],
             )
             views.append(view)
@@ -226,6 +229,9 @@ class WeightState:
     def apply(self, change: Change) -> None:
         """Carry out a planned change on this rank: mask, weight, slots, optimizer. No collective."""
         assert self.window is not None
+        if change.left_out(self.target.n_parts):
+            self.window = None
+            return
         self._update_mask(change)
         self.touch(change.fresh)
         self.touch(change.pruned)
@@ -242,7 +248,7 @@ class WeightState:
         self.fresh_rates = self.rates_at(change.fresh)
         self.window = None
 
-    def _factors(self) -> list[Factors]:
+    def factors(self) -> list[Factors]:
         """The curvature's two vectors of each part, as means over the steps that were measured."""
         assert self.curvature is not None
         output = self.curvature.output.view(self.target.n_parts, -1) / self.curvature.steps
@@ -254,16 +260,25 @@ class WeightState:
         ]
 
     def stakes(self, dense: DenseModel) -> list[Stakes]:
-        """This rank's view of each part for an exchange. A weight comes back as it was in `dense`."""
+        """This rank's view of each part for an exchange. A weight comes back as it was in `dense`.
+
+        Raises:
+            ValueError: a value of this rank's is not finite, in the dense model most likely.
+        """
         assert self.curvature is not None and self.multiple == 1
         lo, weight = shards.owned(self.weight, self.multiple, self.ranks)
         device, live = self.live_bits.device, self.live()
         before = dense.read(self.target.name, lo, lo + weight.numel()).to(weight.dtype)
         value = torch.where(live, weight.to(device), before.to(device))
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"{self.target.name}: a weight of the dense model {dense.folder} or of the run itself is not "
+                "finite; give a dense model whose weights are"
+            )
         held_at = self.slots.position[self.slots.between(self.lo, self.hi)]
         found = []
         for factors, (begin, end) in zip(
-            self._factors(), self.target.part_ranges(lo, lo + weight.numel()), strict=True
+            self.factors(), self.target.part_ranges(lo, lo + weight.numel()), strict=True
         ):
             score = factors.worth(value[begin - lo : end - lo], max(begin, factors.origin))
             held = held_at[(held_at >= begin) & (held_at < end)] - begin
@@ -328,6 +343,18 @@ class WeightState:
         mine = (change.released_slot >= lo) & (change.released_slot < lo + values.numel())
         at = (change.released_slot[mine] - lo).to(values.device)
         values[at] = change.fresh[mine].to(values)
+
+
+def never_moved(delta: torch.Tensor, slots: list[int], touched: list[int]) -> list[bool]:
+    """Of each part of a weight, whether all its slots are where and what they were at the start.
+
+    Args:
+        delta: fp32 (K,), by part.
+        slots: how many of them each part has.
+        touched: how many positions of each part may have changed; at the start they are those of its slots.
+    """
+    moved = [bool(d.any()) for d in delta.split(slots)]
+    return [n > 0 and n == t and not m for n, t, m in zip(slots, touched, moved, strict=True)]
 
 
 def finish_curvature(states: list[WeightState], applied: bool, ranks: Ranks) -> None:

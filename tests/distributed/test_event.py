@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -47,12 +48,21 @@ def random_state(n: int, k: int, seed: int, kind: str, pattern: tuple[int, int] 
     weight = base.clone()
     weight[slots] += delta
     G = draw()
+    Q = G.square() * 1.5
+    if kind == "zero":
+        Q[0] = 1.0  # all scores tie at 0, and yet it isn't idle
     output, input = draw()[: -(-n // COLUMNS)].square(), draw()[:COLUMNS].square()
     return {
         "weight": weight, "live": live, "slots": slots, "delta": delta, "base": base[slots],
-        "born_dead": born_dead, "G": G, "Q": G.square() * 1.5, "pattern": pattern,
+        "born_dead": born_dead, "G": G, "Q": Q, "pattern": pattern,
         "factors": Factors(0, output, input),
     }  # fmt: skip
+
+
+def make_idle(s: dict) -> None:
+    """As if no token had reached the weight in its window; nor in those before, as far as its curvature says."""
+    for x in (s["G"], s["Q"], s["factors"].output, s["factors"].input):
+        x.zero_()
 
 
 def as_reference(s: dict) -> reference.State:
@@ -106,6 +116,7 @@ def check(states: list[dict], size: int, rate: float, **kw) -> int:
     )  # fmt: skip
     for changes in results:  # every rank knows the same
         for state, change, want in zip(states, changes, wanted, strict=True):
+            assert change.idle == (not state["G"].any() and not state["Q"].any())
             released = change.released.tolist()
             assert change.dropped == len(want.dropped)
             assert released == sorted(want.released)
@@ -146,6 +157,8 @@ def test_unstructured(size: int, kind: str) -> None:
         # Sizes that no rank count divides, one weight smaller than the rank count, K = 1.
         shape = [(97, 11), (61, 20), (5, 1)]
         states = [random_state(n, k, 10 * i + j, kind, None) for j, (n, k) in enumerate(shape)]
+        if i % 3 == 1:
+            make_idle(states[i % 2])
         revived += check(states, size, rate, release=release, prune=prune, scope=scope, nm="swap")
     assert revived > 0  # the comparison covered revivals, not only moves between live weights
 
@@ -158,6 +171,8 @@ def test_without_adapt_nothing_pays_for_a_revival(kind: str) -> None:
     ):
         shape = [(97, 11), (61, 20), (5, 1)]
         states = [random_state(n, k, 10 * i + j, kind, None) for j, (n, k) in enumerate(shape)]
+        if i % 3 == 1:
+            make_idle(states[i % 2])
         revived += check(
             states, size, rate, release=release, prune="taylor", scope=scope, nm="swap",
             adapt=False, pattern="none",
@@ -190,6 +205,8 @@ def test_pattern(size: int, nm: str, kind: str) -> None:
             random_state(50, 6, i + 50, kind, None),
             random_state(40, 7, i + 90, kind, (4, 8)),
         ]
+        if i % 3 == 1:
+            make_idle(states[i % 2])
         revived += check(states, size, 0.7, release=release, prune=prune, scope=scope, nm=nm)
     assert (revived > 0) or nm == "fixed" or kind == "zero"
 
@@ -232,7 +249,7 @@ def test_parts_of_a_fused_weight_choose_for_themselves(size: int, scope: str) ->
             rows = ("position", "slot", "delta", "base", "born_dead")
             cut |= {k: getattr(shard, k)[mine] for k in rows}
             n_slots = parts[p]["slots"].numel()
-            views.append(replace(shard, lo=a, n_slots=n_slots, may_idle=True, **cut))
+            views.append(replace(shard, lo=a, n_slots=n_slots, **cut))
         return join(plan(views, 0.4, config, ranks))
 
     busy = [p for p, off in enumerate(idle) if not off]
@@ -250,9 +267,46 @@ def test_parts_of_a_fused_weight_choose_for_themselves(size: int, scope: str) ->
         assert torch.equal(change.released // n, change.fresh // n)
 
 
-def test_an_event_of_idle_parts_alone_changes_nothing() -> None:
+def test_an_event_of_idle_weights_alone_changes_nothing() -> None:
     state = random_state(24, 8, seed=0, kind="zero", pattern=None)
-    shard = replace(as_shard(state, "expert", 0, 1), may_idle=True)
+    make_idle(state)
+    shard = as_shard(state, "unused", 0, 1)
     (change,) = run_threads(1, lambda ranks: plan([shard], 1.0, SeftConfig(), ranks))[0]
-    assert change.idle == 1 and change.dropped == 0
+    assert change.idle == 1 and change.dropped == 0 and change.left_out(1)
     assert not any(x.numel() for x in (change.released, change.fresh, change.pruned))
+
+
+def spoil(s: dict, what: str) -> None:
+    """One value that isn't finite, where no slot sits, as an overflow leaves it; x86's own NaN is negative."""
+    at = int((s["live"] & ~torch.isin(torch.arange(len(s["live"])), s["slots"])).nonzero()[0])
+    negative = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32).item()
+    assert math.isnan(negative) and math.copysign(1, negative) < 0
+    if what == "curvature":
+        s["factors"].output[0], s["factors"].input[0] = 1e30, 1e30
+    elif what == "weight":
+        s["weight"][at] = torch.inf
+    else:
+        s[what[0]][at] = negative if what.endswith("NaN") else torch.inf
+
+
+@pytest.mark.parametrize("what", ["G NaN", "G inf", "Q NaN", "Q inf", "curvature", "weight"])
+def test_a_weight_whose_sums_are_not_finite_is_left_out(what: str) -> None:
+    """On every rank, whichever holds the value; the others have their event as if it were not there."""
+    for size, scope, prune in [(1, "layer", "curvature"), (3, "global", "fisher")]:
+        states = [random_state(n, 9, n, "random", None) for n in (97, 61, 50)]
+        spoil(states[1], what)
+        kw = {"release": "fold", "prune": "curvature" if what == "curvature" else prune}
+        config = SeftConfig(scope=scope, waves=False, **kw)
+
+        def work(ranks, config=config, states=states):
+            views = [as_shard(s, str(i), ranks.rank, ranks.size) for i, s in enumerate(states)]
+            return plan(views, 0.5, config, ranks)
+
+        others = [as_reference(states[w]) for w in (0, 2)]
+        wanted = reference.event(others, 0.5, scope=scope, nm="fixed", **kw)
+        for changes in run_threads(size, work):
+            assert [c.not_finite for c in changes] == [0, 1, 0]
+            assert changes[1].left_out(1) and not changes[1].pruned.numel()
+            for change, want in zip((changes[0], changes[2]), wanted, strict=True):
+                assert change.fresh.tolist() == sorted(want.fresh)
+                assert change.pruned.tolist() == sorted(want.pruned)
