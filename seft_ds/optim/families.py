@@ -2,7 +2,8 @@
 
 A fresh slot has no history, but its window has measured the gradient there: mean g = G / window, mean g² =
 Q / window. State repair gives the slot the state that it would have, had the gradient always been like
-that, so that its first step is as long as the others' (for Adam-like optimizers under 2·lr).
+that. So late in a run its first step is about as long as the others'; for Adam-like optimizers it is always
+under 2·lr. Early on it is shorter (0.3 to 0.8·lr), since bias correction goes by the shared step count.
 
 | family   | state (name here) | of a fresh slot     | why                                              |
 |----------|-------------------|---------------------|--------------------------------------------------|

@@ -25,8 +25,8 @@ def input_rates(
     """The factor on the learning rate of each input of each weight: fp32 (in,), in [0.1, 10].
 
     Args:
-        mean_squares: of each weight, fp32 (in,): mean of x_j² over tokens. An input that was always 0 has no
-            gradient either; its factor is 1.
+        mean_squares: of each weight, fp32 (in,): mean of x_j² over tokens. An input that was 0 in all of
+            them has a factor of 1.
         slots: how many slots each weight has.
     """
     logs = [0.5 * x.double().log() for x in mean_squares]  # of the root mean square

@@ -52,6 +52,7 @@ def gain(inputs: ScoreInputs) -> torch.Tensor:
 
 
 def _over_root(numerator: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """fp32 (n,). Kinds of devices that round roots or quotients differently may choose differently."""
     return torch.where(Q > 0, numerator / Q.sqrt(), 0.0)
 
 
@@ -74,7 +75,7 @@ def fisher(inputs: ScoreInputs) -> torch.Tensor:
 
 def curvature(inputs: ScoreInputs) -> torch.Tensor:
     """w² · E[dy²] · E[x²]: as `fisher`, but from two vectors a layer (`seft_ds.sparse.curvature`), which are
-    means over the tokens of all windows so far, where Q knows a few steps."""
+    means over the tokens of all steps measured so far, where Q knows a few."""
     assert inputs.factors is not None
     return inputs.factors.worth(inputs.weight, inputs.lo, inputs.step)
 

@@ -132,6 +132,10 @@ class SeftCallback(JournaledRun):
             self.seft.stop_request = active_request() or watch_signals()
         live = self.seft.live_counts()
         self.start_clock()
+        # A Trainer that goes on from the checkpoint of its last step takes one more.
+        self.seft.over = state.global_step >= state.max_steps
+        if self.seft.over and state.is_world_process_zero:
+            tqdm.write(f"all {state.max_steps} steps are taken: nothing is left to train")
         if state.is_world_process_zero:
             self.open_journal(args)
             self.write("run", **self._run_record(args))

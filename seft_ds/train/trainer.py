@@ -127,6 +127,13 @@ class SparseSFTTrainer(SFTTrainer):
         metrics["nll"].append(sums[1] / max(sums[3], 1.0))
         metrics["kl"].append(sums[2] / max(sums[3], 1.0))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Take no step from a checkpoint of the last one. Trainer counts only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside else super()._get_output_dir(trial=trial)
 

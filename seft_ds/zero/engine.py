@@ -70,6 +70,7 @@ class SparseEvolution:
         self.base_fingerprints = fingerprints or {}  # of the model that the run started from
         self.guard = StepGuard(self.states, ranks)
         self.stopping = False  # the ranks agreed to stop after the step just taken
+        self.over = False  # whoever sets it has taken all steps: what comes yet changes nothing
         self.stop_request: Any = None  # with an attribute `requested`, such as signals.StopRequest
         self.skipped_in_a_row = 0
         self.skipped_steps = 0

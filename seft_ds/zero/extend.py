@@ -31,6 +31,9 @@ def extend(
     take_step = engine._take_model_step
 
     def step_and_evolve(lr_kwargs: Any) -> None:
+        if seft.over:
+            optimizer_state.skip_step(engine, take_step, lr_kwargs)
+            return
         taken = seft.before_step()
         fp32_norm, lr = (seft.fp32_norm() if taken else None), seft.lr
         if taken:

@@ -60,7 +60,7 @@ def random_state(n: int, k: int, seed: int, kind: str, pattern: tuple[int, int] 
 
 
 def make_idle(s: dict) -> None:
-    """As if no token had reached the weight in its window; nor in those before, as far as its curvature says."""
+    """As if no token had reached the weight, in its window and before."""
     for x in (s["G"], s["Q"], s["factors"].output, s["factors"].input):
         x.zero_()
 
@@ -277,7 +277,7 @@ def test_an_event_of_idle_weights_alone_changes_nothing() -> None:
 
 
 def spoil(s: dict, what: str) -> None:
-    """One value that isn't finite, where no slot sits, as an overflow leaves it; x86's own NaN is negative."""
+    """Put one value that isn't finite where no slot sits. The NaN of x86 has its sign bit set."""
     at = int((s["live"] & ~torch.isin(torch.arange(len(s["live"])), s["slots"])).nonzero()[0])
     negative = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32).item()
     assert math.isnan(negative) and math.copysign(1, negative) < 0

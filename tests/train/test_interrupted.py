@@ -151,6 +151,12 @@ def test_a_finished_run_is_left_as_it_is(home: Path, unbroken: Path) -> None:
     [alone] = bare(home, ["--output_dir", "half", "--resume", "auto"], size=1, accumulate=4)
     assert alone.wait(200) == 0, alone.said()
     assert same(home / "half", unbroken) and verify(home / "half").ok
+    # Into another folder, from its last checkpoint: the same model, and no step beyond it.
+    last = ["--output_dir", "elsewhere", "--resume", "unbroken/checkpoint-18"]
+    [alone] = bare(home, last, size=1, accumulate=4)
+    assert alone.wait(200) == 0 and "nothing is left to train" in alone.said(), alone.said()
+    assert same(home / "elsewhere", unbroken) and steps_of(home / "elsewhere") == []
+    assert json.loads((home / "elsewhere/sparsity.json").read_text())["steps"] == 18
 
 
 @pytest.mark.timeout(600)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from seft_ds.distributed.window import Window
+from seft_ds.sparse.curvature import Curvature
+from seft_ds.zero.guard import StepGuard, describe_batches
 from tests.checkpoint.saved import differences, whole_state
-from tests.ranks import run_processes
+from tests.ranks import run_processes, run_threads
 from tests.tiny import tiny_model
 from tests.zero.test_engine import config, tokens
 
@@ -160,3 +164,38 @@ def test_a_first_event_whose_window_was_lost_is_made_up_for() -> None:
     """`start: gradient` replaces every slot in its first event, though the window before it was bad."""
     dropped = run_processes(2, first_window_lost)[0]
     assert len(dropped) == 28 and dropped[:14] == [1.0] * 14 and max(dropped[14:]) < 0.5
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_window_that_is_not_finite_is_seen_on_every_rank_and_named(size: int) -> None:
+    """Where no slot's gradient shows it: one rank's overflow in the part of the weight that another owns."""
+
+    def work(ranks: Any) -> list[Any]:
+        window = Window(12, 1, ranks, torch.device("cpu"))
+        curvature = Curvature(3, 4, torch.device("cpu"))
+        sinks: dict[str, Any] = {"q_proj": window, "k_proj": curvature}
+        states: Any = [
+            SimpleNamespace(
+                live_bits=torch.zeros(1, dtype=torch.uint8),
+                target=SimpleNamespace(name=name),
+                step_sums=sink.unfinished,
+            )
+            for name, sink in sinks.items()
+        ]
+        guard = StepGuard(states, ranks)
+        said = [(*guard.agree(False), guard.bad_weights())]  # nothing was measured
+        for sink, value in [(window, 1.0), (window, torch.inf), (curvature, torch.nan)]:
+            dy, x = torch.ones(2, 3), torch.ones(2, 4)
+            if ranks.rank == size - 1:
+                dy[0, 0] = value
+            sink.add(dy, x)
+            said.append((*guard.agree(False), guard.bad_weights()))
+            guard.reset()
+            sink.discard_step()
+        return said
+
+    for said in run_threads(size, work):
+        assert said == [
+            (False, False, []), (False, False, []), (True, False, ["q_proj"]), (True, False, ["k_proj"]),
+        ]  # fmt: skip
+    assert describe_batches([], list("abcde")).endswith("overflowed at a, b, c and 2 others")
