@@ -13,14 +13,20 @@ loss of a rank among them.
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # lm-eval imports a package that is also called `evaluate`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from seft_ds.signals import guard_process, nothing_left, set_outcome
+
+if __name__ == "__main__":
+    guard_process("stopped before it began")  # the imports take seconds
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
 
 from seft_ds.console import model_folder, prepare_device, run, torch_dtype
 from seft_ds.devices import settle_accelerator
@@ -125,6 +131,7 @@ def evaluate(options: EvaluateArguments) -> None:
         results["tasks"] = on_tasks(options, model, tokenizer, ranks, manager)
     if ranks.rank == 0 and options.output_path is not None:
         write_json(options.output_path, results)
+        nothing_left()
         print(f"wrote {options.output_path}")
     close_ranks()
     failed = results.get("tasks", {}).get("failed", {})
@@ -194,6 +201,7 @@ def on_tasks(
 
 
 def main() -> None:
+    set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
     from seft_ds.train.flags import parse_options
 

@@ -16,7 +16,6 @@ Exit status: 0; 2 for a mistake in the input; 1 for any other error, the loss of
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -24,11 +23,19 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # lm-eval imports a package that is also called `evaluate`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from seft_ds.signals import guard_process, set_outcome
+
+if __name__ == "__main__":
+    guard_process("stopped before it began")  # the imports take seconds
+
+import os
+
 from seft_ds.console import prepare_device, run
 from seft_ds.devices import asks_for_cpu
 
 
 def main() -> None:
+    set_outcome("stopped before training began; nothing was changed")
     if asks_for_cpu(sys.argv[1:]):
         os.environ["DS_ACCELERATOR"] = "cpu"
     prepare_device()

@@ -13,19 +13,25 @@ them.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from seft_ds.signals import guard_process, nothing_left, set_outcome
+
+if __name__ == "__main__":
+    guard_process("stopped before it began")  # the imports take seconds
+
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
 from seft_ds.devices import settle_accelerator
@@ -343,6 +349,7 @@ def prune(options: PruneArguments) -> None:
         writes=first or recipe.method == "magnitude",
         finished=set(finished),
     )
+    set_outcome(lambda: how_to_go_on(work, len(source.blocks)))
     if finished:
         say(
             f"going on with an earlier run: {len(finished)} of {len(source.blocks)} blocks are done"
@@ -366,8 +373,18 @@ def prune(options: PruneArguments) -> None:
             work.begin_assembling()
             record = assemble(source, work, quotas, folder, output, facts)
             work.remove()
+        nothing_left()
         report(record, output)
     close_ranks()
+
+
+def how_to_go_on(work: Work, blocks: int) -> str:
+    """For the line that a run ends with before its time."""
+    try:
+        done = len(work.finished())
+    except OSError:  # rank 0 has just removed it
+        return "stopped; the same command goes on"
+    return f"stopped after {done} of {blocks} blocks; the same command goes on from there"
 
 
 def report(record: dict[str, Any], output: Path) -> None:
@@ -382,6 +399,7 @@ def report(record: dict[str, Any], output: Path) -> None:
 
 
 def main() -> None:
+    set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
     from seft_ds.train.flags import parse_options
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seft_ds.checkpoint.verify import TargetCheck, VerifyResult, verify
 from seft_ds.command_line import FlagParser
+from seft_ds.console import run
 from seft_ds.json_file import printable
 
 
@@ -82,4 +83,4 @@ def summary(result: VerifyResult) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -4,6 +4,7 @@ that a mistake of the user is told.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ import torch
 from seft_ds.devices import choose_device
 from seft_ds.errors import RunError
 from seft_ds.launching import core_share, known_place, settle
+from seft_ds.signals import Stopped, guard_process, say_stopped
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -84,25 +86,52 @@ def is_first_rank() -> bool:
 on_failure: list[Callable[[BaseException], str | None]] = []
 
 
-def run(main: Callable[[], None]) -> int:
-    """Exit status of `main`: 0, or 2 after a ValueError and 1 after a RunError, each told in one line.
+def run(main: Callable[[], int | None]) -> int:
+    """Exit status of `main`: its own, or 2 after a ValueError and 1 after a RunError, each told in one line.
 
     ValueError is how this project tells users what to change, so its traceback would only hide the
     message. Every other error passes through with its traceback, unless it follows from the loss of a peer:
-    then the process says which and ends here, with status 1.
+    then the process says which and ends here, with status 1. So it does after a signal, with 128 + n.
     """
+    print_anything()
+    guard = guard_process()
+    if guard is not None:
+        guard.clears_up = True
     try:
-        main()
+        status = main()
+    except Stopped as stop:
+        end_by_signal(stop)
     except (ValueError, RunError) as error:
         explain(error)
         tell(" ".join(str(error).split()))
-        return 2 if isinstance(error, ValueError) else 1
+        status = 2 if isinstance(error, ValueError) else 1
     except BaseException as error:
+        if guard is not None and guard.pending:  # its peers got it too, and one was gone first
+            end_by_signal(guard.pending)
         loss = explain(error)
         if loss is not None:
-            leave(loss)
+            # The line break first: a progress bar has left none.
+            print(f"\nerror on rank {known_place().rank}: {loss}", file=sys.stderr)
+            leave(1)
         raise
-    return 0
+    finally:
+        if guard is not None:
+            guard.finished = True
+    return status or 0
+
+
+def end_by_signal(stop: Stopped) -> NoReturn:
+    """Say so in one line, tell the peers, and end."""
+    explain(stop)
+    say_stopped(str(stop))
+    leave(stop.status)
+
+
+def print_anything() -> None:
+    """Let no character end the run that the terminal or log can't show: it is written as \\u20ac."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def explain(error: BaseException) -> str | None:
@@ -122,13 +151,15 @@ def tell(text: str) -> None:
     time.sleep(1)  # rank 0 prints before the launcher sees a failure and ends everybody
 
 
-def leave(text: str) -> NoReturn:
-    """Print on every rank, and end at once: the exit of a process group may wait for the lost peer."""
-    # The line break first: a progress bar has left none.
-    print(f"\nerror on rank {known_place().rank}: {text}", file=sys.stderr)
+def leave(status: int) -> NoReturn:
+    """End at once: the exit of a process group may wait for a peer that is lost."""
+    for name in ("multiprocessing", "multiprocess"):  # the latter is of datasets
+        module = sys.modules.get(name)
+        for child in module.active_children() if module else []:
+            child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 def model_folder(name: str) -> Path:

@@ -35,16 +35,20 @@ print(stop.name, stop.signum, flush=True)
 WATCH = "from seft_ds.signals import watch_signals\nstop = watch_signals()\n"
 
 
-def started(script: str) -> subprocess.Popen:
+# Interrupting is Python's own again: a shell may have started the tests with SIGINT ignored.
+LISTENING = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+def started(script: str, listening: str = LISTENING) -> subprocess.Popen:
     """A process that runs `script` and has come to its "ready"."""
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", listening + script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_asks_and_a_burst_is_one_wish(number):
     process = started(WATCH + STEPS)
     for _ in range(3):  # as DeepSpeed's launcher and Slurm do it
@@ -54,6 +58,81 @@ def test_the_first_signal_asks_and_a_burst_is_one_wish(number):
     assert process.returncode == 0, err
     assert out == f"{number.name} {int(number)}\n"
     assert err == f"\n{number.name}: {FIRST}\n"
+
+
+def test_ctrl_c_under_deepspeed_is_one_wish():
+    """The terminal sends SIGINT to all, launch.py passes it on as SIGTERM."""
+    process = started(WATCH + STEPS)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, "SIGINT 2\n", f"\nSIGINT: {FIRST}\n")
+
+
+def test_a_background_job_keeps_ignoring_ctrl_c():
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    process = started(WATCH + STEPS, ignoring)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert out == "SIGTERM 15\n"
+
+
+GUARD = "from seft_ds.signals import guard_process\nguard = guard_process('nothing was written')\n"
+CLEARS_UP = """
+import sys, time
+guard.clears_up = True
+try:
+    print("ready", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt as stop:  # as libraries catch it
+    print("cleared up")
+    sys.exit(stop.status)
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_imports_is_one_line(number, status):
+    process = started(GUARD + "import time\nprint('ready', flush=True)\ntime.sleep(30)\n")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (status, f"{number.name}: nothing was written\n")
+
+
+def test_what_was_begun_is_cleared_up():
+    process = started(GUARD + CLEARS_UP)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (143, "cleared up\n", "")
+
+
+def test_a_main_thread_that_does_not_come_back_is_not_waited_for():
+    shorter = "import seft_ds.signals\nseft_ds.signals.GRACE_S = 0.7\nguard.clears_up = True\n"
+    process = started(GUARD + shorter + STUCK)
+    time.sleep(0.5)  # it has said so, but may not be stuck yet
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "SIGINT: nothing was written\n")
+
+
+def test_the_guard_has_the_signals_again_after_training():
+    script = """
+from seft_ds.signals import nothing_left, watch_signals
+watch_signals().close()
+"""
+    process = started(GUARD + script + CLEARS_UP)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (130, "cleared up\n")
+    late = "nothing_left()\nprint('ready', flush=True)\nimport time\ntime.sleep(1)\n"
+    process = started(GUARD + script + late)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10)[1] == "" and process.returncode == 0
 
 
 def test_the_second_signal_ends_a_process_that_is_stuck_in_c():
@@ -118,6 +197,23 @@ def test_only_the_main_thread_may_watch():
     thread.start()
     thread.join()
     assert "main thread" in str(errors[0])
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent():
+    """A data loader that ends by it would break the step after which the run is to stop."""
+    script = """
+import os, signal, time
+child = os.fork()
+if child == 0:
+    time.sleep(0.5)
+    os._exit(7)
+os.kill(child, signal.SIGINT)
+print("ready", flush=True)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), stop.requested)
+"""
+    out, err = started(WATCH + script).communicate(timeout=10)
+    assert (out, err) == ("7 False\n", "")
 
 
 def test_a_forked_child_dies_of_its_signal_and_the_parent_hears_nothing():

@@ -441,7 +441,7 @@ def _keep_alive(sock: socket.socket) -> None:
 
 def _in_one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, RunError)):
+    if isinstance(error, (ValueError, RunError)) or (isinstance(error, KeyboardInterrupt) and text):
         return text
     return f"{type(error).__name__}: {text}".removesuffix(": ")
 

@@ -55,7 +55,7 @@ class Work:
             differing = _differences(read_object(path), settings)
             if not differing:
                 return self.finished()
-            if not overwrite:
+            if not overwrite and self.finished():  # without one it is a start that failed
                 raise ValueError(
                     f"--output_dir {self.output} holds a pruning run that was cut off and had other "
                     f"settings: {'; '.join(differing[:3])}; start it with the same ones, give another "

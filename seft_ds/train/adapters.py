@@ -18,6 +18,7 @@ from seft_ds.baselines.merge import save_merged
 from seft_ds.baselines.methods import find_method
 from seft_ds.checkpoint.export import versions
 from seft_ds.config import parse_seft
+from seft_ds.signals import set_outcome
 from seft_ds.train.callback import hide_seft_block
 from seft_ds.train.job import (
     Job,
@@ -101,6 +102,9 @@ def train_adapters(job: Job) -> None:
     trainer = make_trainer(job, model, data, callback, describe_adapters(adapters))
     if trainer is None:
         return
+    set_outcome(
+        f"stopped; --method {arguments.method.method} has no checkpoints, so --overwrite true begins anew"
+    )
     trainer.train()
     sums = None
     if method.prunes_again:

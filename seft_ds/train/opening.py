@@ -20,13 +20,14 @@ from seft_ds.checkpoint.manifest import checkpoints_in, remove_leftovers
 from seft_ds.checkpoint.verify import RECORD_NAME
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
-from seft_ds.report.journal import JOURNAL_NAME
+from seft_ds.report.journal import JOURNAL_NAME, read_journal
 from seft_ds.train.arguments import Arguments
 from seft_ds.train.reproduce import command_line
 from seft_ds.train.run_dir import LOCK_NAME, RunLock, set_aside
 from seft_ds.train.trainer import SparseSFTTrainer
 
 CONFIG_NAME = "resolved_config.yaml"
+LOGS_NAME = "runs"  # of TensorBoard
 
 
 def take_own(output: Path, arguments: Arguments, lock: RunLock, ranks: ProcessRanks) -> None:
@@ -61,7 +62,7 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: Pa
         check_writable(output)
     if run.dry_run or not output.is_dir():
         return
-    if all(path.name == LOCK_NAME for path in output.iterdir()):
+    if only_a_failed_start(output):
         return
     if goes_on(output, checkpoint, run.resume):
         return
@@ -84,6 +85,23 @@ def check_output(output: Path, arguments: Arguments, model: Path, checkpoint: Pa
             f"--overwrite replaces runs only, and {output} has neither {CONFIG_NAME} nor "
             f"{JOURNAL_NAME}; give another folder"
         )
+
+
+def only_a_failed_start(output: Path) -> bool:
+    """Whether the folder is as good as empty: a run that was started there ended before its first step."""
+    names = {path.name for path in output.iterdir()}
+    if not names <= {LOCK_NAME, CONFIG_NAME, JOURNAL_NAME, LOGS_NAME}:
+        return False
+    if LOGS_NAME in names and CONFIG_NAME not in names:
+        return False  # of somebody else
+    return JOURNAL_NAME not in names or not _has_steps(output / JOURNAL_NAME)
+
+
+def _has_steps(journal: Path) -> bool:
+    try:
+        return any(record["kind"] != "run" for record in read_journal(journal))
+    except (ValueError, OSError):
+        return True  # damaged, so that nobody knows
 
 
 def check_writable(output: Path) -> None:
@@ -148,7 +166,7 @@ class OpenRun(TrainerCallback):
                     file=sys.stderr,
                 )
         text = yaml.safe_dump(resolved(self.arguments), sort_keys=False)
-        (self.output / CONFIG_NAME).write_text(text)
+        (self.output / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def resolved(arguments: Arguments) -> dict[str, Any]:

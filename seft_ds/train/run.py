@@ -15,6 +15,7 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.distributed.liveness import current_watch
 from seft_ds.memory import Plan
+from seft_ds.signals import nothing_left
 from seft_ds.targets import Target
 from seft_ds.train.adapters import train_adapters
 from seft_ds.train.arguments import model_dtype
@@ -80,6 +81,7 @@ def train_slots(job: Job) -> None:
             finish(job.output, record)
     finally:
         callback.close_signals()
+        nothing_left()
 
 
 def plan_memory(job: Job, model: Any, targets: list[Target]) -> Plan | None:
