@@ -99,7 +99,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_file", required=True, help="text that is only measured")
     parser.add_argument("--steps", type=int, default=100, help="of each repair")
     parser.add_argument("--tune_steps", type=int, default=100, help="of each rate that is tried")
-    parser.add_argument("--max_windows", type=int, default=20, help="of 512 tokens, measured")
+    parser.add_argument(
+        "--learning_rates", type=float, nargs="+", default=[5e-3, 1e-2], help="one: none is tried"
+    )
+    parser.add_argument("--max_windows", type=int, default=8, help="of 512 tokens, measured")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     return parser.parse_args(argv)
 
@@ -210,13 +213,13 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
 def repair_grid(inputs: Path, options: argparse.Namespace, env: dict[str, str]) -> dict[str, Any]:
     """The grid of benchmarks/repair.py: with the dense model, and slots that evolve without it."""
     pruned, dense = str(inputs / "wanda-60"), str(inputs / "model")
-    rates = [5e-3, 1e-2]
+    rates = options.learning_rates
     return {
         "models": {"wanda-60": pruned},
         "dense": {"wanda-60": dense},
         "train_file": options.train_file,
         "validation": {
-            "text_file": options.validation_file, "max_length": 512, "max_windows": 10,
+            "text_file": options.validation_file, "max_length": 512, "max_windows": options.max_windows,
         },
         "eval": [
             {"name": "wikitext2", "text_file": options.text_file, "max_length": 512,
