@@ -20,6 +20,7 @@ WORK then holds bos.md, repair.md and every model. What is there is not made aga
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -33,8 +34,6 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports deepspeed, which chooses once
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import yaml
 
 from benchmarks import repair
 from benchmarks.repair_cell import in_subprocess
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = {name: measure(name, folder, work, options, env) for name, folder in models.items()}
     write(work / "bos.md", as_table(rows))
     grid = work / "grid.yaml"
-    grid.write_text(yaml.safe_dump(repair_grid(inputs, options, env), sort_keys=False))
+    grid.write_text(json.dumps(repair_grid(inputs, options, env), indent=2) + "\n")  # YAML, too
     tables = ["--table", str(work / "repair.md"), "--csv", str(work / "repair.csv")]
     repair.main(
         [
@@ -213,7 +212,6 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
 def repair_grid(inputs: Path, options: argparse.Namespace, env: dict[str, str]) -> dict[str, Any]:
     """The grid of benchmarks/repair.py: with the dense model, and slots that evolve without it."""
     pruned, dense = str(inputs / "wanda-60"), str(inputs / "model")
-    rates = options.learning_rates
     return {
         "models": {"wanda-60": pruned},
         "dense": {"wanda-60": dense},
@@ -226,11 +224,10 @@ def repair_grid(inputs: Path, options: argparse.Namespace, env: dict[str, str]) 
              "max_windows": options.max_windows},
         ],
         "methods": [
-            {"name": "seft", "seft": {"dense_model": dense}, "learning_rates": rates},
-            {"name": "evolving", "method": "seft", "seft": {"prune": "curvature"},
-             "learning_rates": rates},
+            {"name": "seft", "seft": {"dense_model": dense}},
+            {"name": "evolving", "method": "seft", "seft": {"prune": "curvature"}},
         ],
-        "learning_rates": rates,
+        "learning_rates": options.learning_rates,
         "tune": {"steps": options.tune_steps, "seed": 0},
         "seeds": [0],
         "steps": options.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -106,5 +107,7 @@ def test_the_parts_of_gemma_are_joined_in_order(tmp_path: Path) -> None:
     options = gemma.parse(
         ["--work", "w", "--train_file", "t", "--validation_file", "v", "--text_file", "e"]
     )
-    grid = repair_grid.build_grid(gemma.repair_grid(tmp_path, options, {}), check_files=False)
+    (tmp_path / "grid.yaml").write_text(json.dumps(gemma.repair_grid(tmp_path, options, {})))
+    data = repair_grid.read_grid(tmp_path / "grid.yaml")
+    grid = repair_grid.build_grid(data, check_files=False)
     assert [row.name for row in grid.rows] == ["seft", "evolving"] and grid.steps == 100
