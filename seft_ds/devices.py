@@ -58,7 +58,8 @@ def _recipe_asks(path: Path) -> bool:
 
 def sign_of_gpu(env: Mapping[str, str], files: tuple[str, ...] = _DEVICE_FILES) -> str | None:
     """What says that this machine, or the scheduler, gives this process a GPU; None if nothing does."""
-    if env.get("CUDA_VISIBLE_DEVICES"):
+    # DeepSpeed's launch.py numbers devices for its ranks even where there are none.
+    if env.get("CUDA_VISIBLE_DEVICES") and "CROSS_SIZE" not in env:
         return f"CUDA_VISIBLE_DEVICES is {env['CUDA_VISIBLE_DEVICES']}"
     for name in _SLURM_NAMES:
         if env.get(name, "") not in ("", "0"):

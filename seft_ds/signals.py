@@ -33,6 +33,8 @@ BURST_S = 2.0
 # A main thread that is in C code has this time to come back and clear up.
 GRACE_S = 3.0
 
+QUIET = "SEFT_SAYS_NOTHING_OF_SIGNALS"  # set to 1 by a script that stops others and says so itself
+
 USUAL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -169,6 +171,7 @@ class Guard(_Listener):
         self.outcome: str | Callable[[], str] = "stopped"
         self.clears_up = False
         self.finished = False  # nothing is left to stop
+        self.abandon: Callable[[], None] = lambda: None  # before the second signal ends all at once
         self._number: int | None = None
         self._first_s = 0.0
         self._raised = False
@@ -203,6 +206,7 @@ class Guard(_Listener):
             else:
                 self._end(number)
         elif now - self._first_s > BURST_S:
+            self.abandon()
             os._exit(128 + number)
 
     def _end_stuck(self, number: int) -> None:
@@ -249,7 +253,7 @@ def nothing_left() -> None:
 def say_stopped(line: str) -> None:
     """On the first rank of each machine: which ranks have got the signal nobody knows."""
     place = known_place()
-    if place.rank == 0 or place.local_rank == 0:
+    if os.environ.get(QUIET) != "1" and (place.rank == 0 or place.local_rank == 0):
         with suppress(OSError):
             bar = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""
             who = "" if place.rank == 0 else f"rank {place.rank}: "

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +73,18 @@ def start(
         sys.path.insert(0, str(ROOT))
     module = importlib.import_module(f"{folder}.{script}")
     importlib.import_module("seft_ds.train.run")  # what the scripts import late
+    return fork(module, script, argv, cwd, env, before)
+
+
+def fork(
+    module: Any,
+    script: str,
+    argv: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    before: Callable[[], None] | None = None,
+) -> Forked:
+    """Run `module.main` as `start` does; `module` may be whatever has one, and a `run` for it."""
     number = f"{os.getpid()}-{time.monotonic_ns()}"
     logs = (cwd / f".stdout-{number}", cwd / f".stderr-{number}")
     sys.stdout.flush()

@@ -267,6 +267,8 @@ def test_a_gpu_that_does_not_work_is_no_reason_for_the_cpu(tmp_path):
     none = (str(tmp_path / "nothing*"),)
     assert devices.sign_of_gpu({}, none) is None
     assert devices.sign_of_gpu({"SLURM_GPUS_ON_NODE": "0"}, none) is None
+    # What DeepSpeed's launcher sets on a machine without GPUs.
+    assert devices.sign_of_gpu({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}, none) is None
     assert devices.sign_of_gpu({}, files) == f"{tmp_path}/nvidia0 is there"
     assert devices.sign_of_gpu({"SLURM_JOB_GPUS": "2,3"}, none) == "SLURM_JOB_GPUS is 2,3"
     sign = devices.sign_of_gpu({"CUDA_VISIBLE_DEVICES": "0"}, none)
