@@ -125,7 +125,7 @@ def show(options: PlanArguments, seft_flags: dict) -> None:
     if options.json:
         facts = asdict(result) | {"parameters": shapes.numel, "slots": slots, "ranks": ranks}
         facts |= {"wire_bytes": sent, "probe": asdict(took) if took else None}
-        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     bytes_there = (options.gpu_memory_gib or 0) * planning.GIB
     ways: list[str] = []
     if result.device_total > bytes_there > 0:

@@ -86,6 +86,41 @@ def test_who_knows_whom(path: Path) -> None:
             )
 
 
+SCRIPTS = sorted((ROOT.parent / "launch").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=lambda p: p.name)
+def test_text_files_say_their_encoding(path: Path) -> None:
+    """Or a run in a legacy locale reads other words, and can't write some."""
+    assert not guesses_encoding(path.read_text(encoding="utf-8")), path
+
+
+def guesses_encoding(code: str) -> list[int]:
+    """Lines that open a text file in the encoding of whatever locale it is run in."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        of_path = isinstance(node.func, ast.Attribute) and len(node.args) == (name == "write_text")
+        own = (
+            isinstance(getattr(node.func, "value", None), ast.Name) and node.args
+        )  # perplexity.read_text
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        if name in ("read_text", "write_text"):
+            found += [node.lineno] * (of_path and not (name == "read_text" and own))
+        elif name == "open" and isinstance(node.func, ast.Name):
+            found += [node.lineno] * (not any("b" in str(mode) for mode in modes))
+    return found
+
+
+def test_a_guessed_encoding_would_be_seen() -> None:
+    guessed = "open(p)\nopen(p, 'w')\np.read_text()\n(p / 'x').write_text(t)\n"
+    assert guesses_encoding(guessed) == [1, 2, 3, 4]
+    said = "open(p, 'rb')\np.read_text(encoding='utf-8')\nother.read_text(p)\nread_text(p)\n"
+    assert guesses_encoding(said) == []
+
+
 def _third_party(name: str) -> bool:
     import sys
 

@@ -84,3 +84,24 @@ def test_the_loss_of_a_peer_is_one_line_without_traceback(tmp_path):
 
 def test_a_script_that_works_returns_0():
     assert console.run(lambda: None) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_no_character_ends_the_run(tmp_path, encoding):
+    path = tmp_path / "stdout"
+
+    def main() -> None:
+        print("first row: \u27e6caf\u00e9\u27e7")
+        print("warning: \u27e6", file=sys.stderr)
+
+    def work() -> int:
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 1)
+        sys.stdout, sys.stderr = (open(fd, "w", encoding=encoding, closefd=False) for fd in (1, 2))  # noqa: SIM115
+        status = console.run(main)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return status
+
+    assert in_fork(tmp_path, work) == (0, "warning: \\u27e6\n")
+    shown = "caf\u00e9".encode(encoding, "backslashreplace")
+    assert path.read_bytes() == b"first row: \\u27e6" + shown + b"\\u27e7\n"

@@ -107,7 +107,7 @@ def _plain_tag(tag: Any) -> str:
 def _point_to(save_dir: Path, tag: str) -> None:
     """DeepSpeed's `latest`, replaced in one step."""
     temporary = save_dir / ".latest.writing"
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(tag)
         file.flush()
         os.fsync(file.fileno())

@@ -167,7 +167,7 @@ def _wait(device: torch.device) -> None:
 def _read(path: Path) -> dict[str, dict[str, Seconds]]:
     """The file's contents; empty if it isn't there, or isn't what `_write` wrote."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {str(m): {str(k): _checked(s) for k, s in by.items()} for m, by in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -185,7 +185,7 @@ def _write(path: Path, everything: dict[str, dict[str, Seconds]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(everything, indent=1) + "\n")
+        aside.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
         logger.warning("the kernels' measurements can't be kept in %s: %s", path, error)

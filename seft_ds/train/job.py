@@ -159,7 +159,7 @@ def check_loaded(targets: list[Target], folder: Path) -> None:
     path = folder / RECORD_NAME
     if not path.is_file():
         return
-    recorded = json.loads(path.read_text())["targets"]
+    recorded = json.loads(path.read_text(encoding="utf-8"))["targets"]
     naming = naming_of_folder(folder, targets)
     for target in targets:
         names = naming.part_names(target.name, target.experts) if target.experts else []

@@ -50,7 +50,7 @@ def machine() -> dict[str, str]:
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's own name, where the system tells it."""
     try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or "unknown"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

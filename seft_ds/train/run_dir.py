@@ -32,7 +32,7 @@ class RunLock:
         """
         if self._file is not None or not output.is_dir():
             return
-        file = open(output / LOCK_NAME, "a+")  # noqa: SIM115 (held until the process ends)
+        file = open(output / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

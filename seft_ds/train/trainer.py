@@ -175,7 +175,8 @@ class SparseSFTTrainer(SFTTrainer):
         rank, world = self.args.process_index, self.args.world_size
         loss = aside / folder / LOSS_NAME.format(rank)
         loss.write_text(
-            json.dumps({"sum": float(self._tr_loss), "since": self._globalstep_last_logged})
+            json.dumps({"sum": float(self._tr_loss), "since": self._globalstep_last_logged}),
+            encoding="utf-8",
         )
         random = "rng_state.pth" if world <= 1 else f"rng_state_{rank}.pth"
         paths = [loss, aside / folder / random]
@@ -185,7 +186,7 @@ class SparseSFTTrainer(SFTTrainer):
         """Go on with the sum of losses since the last log line, so that the next one is the same."""
         path = checkpoint / LOSS_NAME.format(self.args.process_index)
         if path.is_file():  # there is none for a rank more than the run had
-            saved = json.loads(path.read_text())
+            saved = json.loads(path.read_text(encoding="utf-8"))
             self._tr_loss += saved["sum"]
             self._globalstep_last_logged = saved["since"]
 
