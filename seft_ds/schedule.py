@@ -50,8 +50,26 @@ class Schedule:
 
     @property
     def evolves(self) -> bool:
-        """Whether the run has any event: the first weight's first one is the earliest of all."""
-        return self.rate(0, self.window if self.replace_all_first else self.interval) is not None
+        """Whether the run has any event."""
+        return self.largest_rate is not None
+
+    @property
+    def largest_rate(self) -> float | None:
+        """Share of slots that the first weight's first event drops, the earliest of all; None: no event."""
+        return self._first_rate(0)
+
+    def without_event(self) -> int:
+        """How many weights have no event in the whole run."""
+        return sum(self._first_rate(i) is None for i in range(self.n_targets))
+
+    def _first_rate(self, target: int) -> float | None:
+        first = self.window if self.replace_all_first else self.interval
+        return self.rate(target, self.phase(target) + first)
+
+    def exchanges_that_fit(self) -> int:
+        """How many of the exchanges come before `stop`."""
+        fit = (self.stop_step - self.window) // self.interval + 1
+        return max(0, min(fit, self.exchanges)) if self.exchange else 0
 
     def rate(self, target: int, step: int) -> float | None:
         """Share of slots to drop in this weight's event after `step`; None: no event."""
@@ -87,3 +105,42 @@ class Schedule:
     def in_exchange_window(self, step: int) -> bool:
         """Whether `step` is measured for an exchange."""
         return any(self.exchange_rate(step + ahead) is not None for ahead in range(self.window))
+
+
+def without_effect(s: Schedule, slots: list[int], together: bool, exchanging: bool) -> list[str]:
+    """What was asked for and can't happen in a run of this length, a line each.
+
+    Args:
+        slots: of each weight, or of each part of a fused one.
+        together: which slots drop is decided over all weights.
+        exchanging: some weight takes part in exchanges.
+    """
+    found = []
+    most = sum(slots) if together else max(slots)
+    if (s.drop_fraction or s.replace_all_first) and not s.evolves:
+        found.append(
+            f"no evolution event fits into {s.total_steps} steps with interval {s.interval} and stop "
+            f"{s.stop}: the slots will train where they are"
+        )
+    elif s.largest_rate is not None and int(s.largest_rate * most) == 0:
+        found.append(
+            f"drop_fraction {s.drop_fraction} of at most {most} slots is less than one: no event will move "
+            "any; raise drop_fraction or density"
+        )
+    elif s.evolves and s.without_event():
+        found.append(
+            f"{s.without_event()} of {s.n_targets} weights have no event in {s.total_steps} steps: their "
+            "turn would come after stop; take more steps, or lower interval"
+        )
+    fit = s.exchanges_that_fit()
+    if exchanging and not fit:
+        found.append(
+            f"no exchange fits into {s.total_steps} steps with window {s.window} and stop {s.stop}: nothing "
+            "will come back from the dense model; lower window, or take more steps"
+        )
+    elif exchanging and fit < s.exchanges:
+        found.append(
+            f"{fit} of {s.exchanges} exchanges fit into {s.total_steps} steps with window {s.window}, "
+            f"interval {s.interval} and stop {s.stop}"
+        )
+    return found

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from seft_ds.schedule import Schedule, resolve_interval
+from seft_ds.schedule import Schedule, resolve_interval, without_effect
 
 
 def make(**kw) -> Schedule:
@@ -47,8 +47,11 @@ def test_whether_a_run_evolves_is_known_without_going_through_it() -> None:
                     total_steps=total, interval=interval, window=window, stop=stop, waves=waves,
                     replace_all_first=replace,
                 )  # fmt: skip
-                found = any(s.due(step) for step in range(1, total + 1))
-                assert s.evolves == found, s
+                evolving = {i for step in range(1, total + 1) for i in s.due(step)}
+                found = bool(evolving)
+                assert s.evolves == found and s.without_event() == 7 - len(evolving), s
+                rates = [s.rate(i, step) for i in range(7) for step in range(1, total + 1)]
+                assert s.largest_rate == max((r for r in rates if r is not None), default=None)
                 seen.add(found)
     assert seen == {True, False}
     assert make(total_steps=1 << 40, interval=1 << 39, window=1, stop=0.1).evolves is False
@@ -89,6 +92,28 @@ def test_exchanges_come_after_the_first_window_and_then_an_interval_apart() -> N
     assert measured == [*range(1, 6), *range(21, 26), *range(41, 46)]
     late = make(total_steps=50, interval=20, window=5, exchange=0.1, exchanges=3)
     assert [t for t in range(1, 51) if late.exchange_rate(t)] == [5, 25]  # stop is at 40
+    assert (s.exchanges_that_fit(), late.exchanges_that_fit()) == (3, 2)
+    short = make(total_steps=6, window=5, exchange=0.1)
+    assert short.exchanges_that_fit() == 0 and short.exchange_rate(5) is None
     assert not any(
         make(total_steps=100, interval=20, window=5).exchange_rate(t) for t in range(101)
     )
+
+
+def test_what_a_run_is_too_short_for_is_said() -> None:
+    def said(slots: list[int], together: bool = False, exchanging: bool = False, **kw) -> str:
+        return " | ".join(without_effect(make(**kw), slots, together, exchanging))
+
+    assert said([50] * 7) == said([50] * 7, exchanging=True, exchange=0.1) == ""
+    assert "no evolution event fits into 9 steps" in said([50] * 7, total_steps=9)
+    replacing = {"drop_fraction": 0.0, "replace_all_first": True}
+    assert "no evolution event fits into 4 steps" in said([50] * 7, total_steps=4, **replacing)
+    assert said([50] * 7, drop_fraction=0.0, total_steps=9) == ""
+    assert "at most 4 slots is less than one" in said([4, 3]) and said([4, 3], together=True) == ""
+    # Phases 0, 1, 2, 4, 5, 7, 8: with stop at 16 the last two would begin at 17 and 18.
+    assert said([50] * 7, total_steps=20).startswith("2 of 7 weights have no event in 20 steps")
+    assert "no exchange fits" in said(
+        [50], exchanging=True, exchange=0.1, total_steps=4, drop_fraction=0.0
+    )
+    few = said([50], exchanging=True, exchange=0.1, exchanges=9, drop_fraction=0.0)
+    assert few.startswith("8 of 9 exchanges fit into 100 steps")

@@ -24,7 +24,7 @@ from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.event import Change, join, plan
 from seft_ds.errors import RunError
-from seft_ds.schedule import Schedule, resolve_interval
+from seft_ds.schedule import Schedule, resolve_interval, without_effect
 from seft_ds.sparse import mask
 from seft_ds.sparse.kernel_costs import KernelCosts, known_costs
 from seft_ds.sparse.shard import shard_range
@@ -110,19 +110,11 @@ class SparseEvolution:
             exchange=c.exchange if self.exchanges.states else 0.0,
             exchanges=c.exchanges,
         )
-        if c.drop_fraction and not self.schedule.evolves and self.ranks.rank == 0:
-            warnings.warn(
-                f"no evolution event fits into {total_steps} steps with interval "
-                f"{self.schedule.interval} and stop {c.stop}: the slots will train where they are",
-                stacklevel=2,
-            )
-        no_room = self.exchanges.states and self.schedule.exchange_rate(c.window) is None
-        if no_room and self.ranks.rank == 0:
-            warnings.warn(
-                f"no exchange fits into {total_steps} steps with window {c.window} and stop {c.stop}: "
-                "nothing will come back from the dense model; lower window, or take more steps",
-                stacklevel=2,
-            )
+        slots = [n for s in self.states for n in s.target.slots_by_part]
+        exchanging = bool(self.exchanges.states)
+        if self.ranks.rank == 0:
+            for line in without_effect(self.schedule, slots, c.scope == "global", exchanging):
+                warnings.warn(line, stacklevel=2)
         self._open_windows()
 
     # One optimizer step, from the engine's point of view.

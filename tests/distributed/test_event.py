@@ -310,3 +310,18 @@ def test_a_weight_whose_sums_are_not_finite_is_left_out(what: str) -> None:
             for change, want in zip((changes[0], changes[2]), wanted, strict=True):
                 assert change.fresh.tolist() == sorted(want.fresh)
                 assert change.pruned.tolist() == sorted(want.pruned)
+
+
+@pytest.mark.parametrize("nm", ["fixed", "swap"])
+def test_weights_with_nothing_to_choose_from(nm: str) -> None:
+    """All live, all held, one row of one entry, and a rate too small to drop a slot."""
+    for size, scope, release, rate in itertools.product(
+        [1, 3], ["layer", "global"], ["fold", "revert"], [0.05, 0.5, 1.0]
+    ):
+        full = random_state(30, 30, 1, "ties", None)
+        undead = random_state(30, 6, 2, "ties", None)
+        undead["live"] |= True
+        held = random_state(24, 12, 3, "ties", (2, 4))
+        states = [full, undead, held, random_state(1, 1, 4, "random", None)]
+        assert full["live"].all() and held["slots"].numel() == held["live"].sum() == 12
+        check(states, size, rate, release=release, prune="taylor", scope=scope, nm=nm)

@@ -256,3 +256,46 @@ def test_what_is_refused(home: Path, tmp_path: Path) -> None:
         parse_seft({"dense_model": "d", "trainable": "live"})
     chosen = parse_seft({"dense_model": "d"})
     assert (chosen.scope, chosen.drop_fraction, chosen.exchange) == ("global", 0.0, 0.05)
+
+
+def not_finite(home: Path, folder: Path) -> dict:
+    """An exchange with an infinite curvature in one weight, and one with such a dense model."""
+    import warnings
+
+    engine = start(home, 3, False)
+    seft, records = engine.seft, []
+    seft.listeners.append(records.append)
+    before = live_mask(seft, 2, seft.states[2].target.numel)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(3):
+            if number == 2:  # squares of many steps add up: nothing in a step itself is infinite
+                seft.states[2].curvature.output.fill_(3e38)
+                seft.states[2].curvature.input.fill_(3e38)
+            step(engine, number)
+    seft.check()
+    [record] = [r for r in records if r["kind"] == "exchange"]
+    out = [name for name, t in record["targets"].items() if t["not_finite"]]
+    assert out == [seft.states[2].target.name] and record["exchanged"] > 0
+    assert torch.equal(live_mask(seft, 2, seft.states[2].target.numel), before)
+    said = " ".join(str(w.message) for w in caught)
+    engine = start(home, 2, False, dense_model=str(folder / "dense"))
+    for number in range(2):
+        step(engine, number)
+    try:
+        step(engine, 2)
+        return {"warned": said, "refused": "no error"}
+    except ValueError as error:
+        return {"warned": said, "refused": str(error)}
+
+
+def test_what_is_not_finite_is_named_on_every_rank(home: Path, tmp_path: Path) -> None:
+    dense = dense_model("llama")
+    broken = dense.model.layers[1].mlp.up_proj.weight.data
+    broken.view(-1)[int(broken.abs().argmin())] = torch.inf  # the smallest one: it was pruned
+    dense.save_pretrained(tmp_path / "dense")
+    first, second = run_processes(2, not_finite, home, tmp_path)
+    assert "curvature of model.layers.0.self_attn.v_proj overflowed" in first["warned"]
+    assert "overflowed" not in second["warned"]  # once a run, not once a rank
+    assert "model.layers.1.mlp.up_proj: a weight of the dense model" in first["refused"]
+    assert second["refused"] == first["refused"]
