@@ -19,12 +19,15 @@ from seft_ds.checkpoint.manifest import FileEntry, checkpoints_in, entries_below
 from seft_ds.checkpoint.model import save_model
 from seft_ds.checkpoint.together import write_together
 from seft_ds.checkpoint.tokenizer_files import Changes, save_changes
+from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
 from seft_ds.train.distill import token_losses
 from seft_ds.train.evaluating import Measurement
 from seft_ds.train.rows import cut_rows, cuts
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
+_COMPARED_TOKENS = 64
+_LOSS_TOLERANCE = 0.02  # bf16 rounds both losses differently, by much less
 
 
 class SparseSFTTrainer(SFTTrainer):
@@ -39,6 +42,7 @@ class SparseSFTTrainer(SFTTrainer):
     teacher: Any = None  # the dense model, for distillation
     distill_weight = 0.0
     _aside: Path | None = None  # where a checkpoint is being written
+    _loss_is_compared = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the sparse model. Inside a checkpoint the weights are in the engine's own files."""
@@ -59,6 +63,10 @@ class SparseSFTTrainer(SFTTrainer):
     ) -> Any:
         """TRL's loss, or its mixture with the distance from the teacher; an evaluation is without teacher."""
         if self.teacher is None or not self.model.training or return_outputs:
+            if not self._loss_is_compared:
+                self._loss_is_compared = True
+                own, trls = self._both_losses(model, inputs["input_ids"])
+                all_or_none(ProcessRanks(), lambda: self._compare_losses(own, trls))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         fed = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
         with torch.no_grad():
@@ -72,6 +80,35 @@ class SparseSFTTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         self._note_distilled(inputs, nll, kl, counted)
         return loss
+
+    def _both_losses(self, model: Any, ids: torch.Tensor) -> tuple[float, float]:
+        """The model's own loss on a few tokens, and what TRL takes for it. A collective under ZeRO-3."""
+        ids, was_training = ids[:1, :_COMPARED_TOKENS], model.training
+        if ids.shape[1] == 1:
+            ids = ids.repeat(1, 2)
+        model.eval()  # no dropout, which would also use up random numbers
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            found = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs
+        model.train(was_training)
+        return float(own), -float(found.float().sum()) / (ids.shape[1] - 1)
+
+    def _compare_losses(self, own: float, trls: float) -> None:
+        """Check that TRL trains the model that is there.
+
+        TRL multiplies the last hidden states by the output head itself, which is another function than the
+        model's where a family does something else in between.
+
+        Raises:
+            ValueError: the losses differ by more than rounding.
+        """
+        if abs(own - trls) > _LOSS_TOLERANCE * max(own, 1.0):
+            raise ValueError(
+                f"TRL takes the loss of {type(self.model).__name__} for {trls:.4f} where the model's own is "
+                f"{own:.4f}: it leaves out what this family does between its last block and its output, so "
+                "that it would train another model; this family can't be trained"
+            )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
