@@ -54,6 +54,13 @@ class PruneArguments:
         default="auto",
         metadata={"help": "what competes: row, weight, global, or auto (the paper's)"},
     )
+    targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "prune only the layers whose names end in one of these, and leave the rest dense; "
+            "default: every linear layer and expert of the blocks"
+        },
+    )
     layerwise: str = field(
         default="uniform", metadata={"help": "uniform, or owl: blocks with outliers keep more"}
     )
@@ -234,6 +241,7 @@ def about(
     settings = asdict(options) | {"dtype": str(dtype).removeprefix("torch."), "budget": recipe.unit}
     settings["begins_with"] = begins_with
     unrelated = ["model_name_or_path", "output_dir", "overwrite", "dry_run", "local_rank"]
+    unrelated += ["targets"] * (options.targets is None)
     unrelated += ["owl_m", "owl_lambda"] * (recipe.owl is None)
     unrelated += ["budget"] * (recipe.budget.pattern is not None)
     if not recipe.needs_text:
@@ -277,7 +285,9 @@ def prepare(
         wanted = getattr(config, "dtype", None) or main_dtype(stored)
     assert isinstance(wanted, torch.dtype)
     model = empty_model(folder, wanted, device)
-    check_pattern_fits(decoder_blocks(model), recipe.budget)
+    blocks = decoder_blocks(model, targets=options.targets or "auto")
+    check_pattern_fits(blocks, recipe.budget)
+    tell_what_stays_dense(blocks)
     tensors = match_names(model, stored)
     sequences = begins_with = None
     if recipe.needs_text and not options.dry_run:
@@ -286,12 +296,22 @@ def prepare(
     return Prepared(model, tensors, wanted, sequences, begins_with)
 
 
+def tell_what_stays_dense(blocks: list[Any]) -> None:
+    """Print which matrices of the blocks will not be pruned, if there are any."""
+    from seft_ds.prune.blocks import left_dense
+
+    share, kinds = left_dense(blocks)
+    if kinds:
+        more = f" and {len(kinds) - 6} more" if len(kinds) > 6 else ""
+        say(f"left dense: {share:.1%} of the blocks' weights ({', '.join(kinds[:6])}{more})")
+
+
 def dry_run(options: PruneArguments, recipe: Recipe, prepared: Prepared) -> None:
     """Print what would be pruned, and the plan of memory."""
     from seft_ds.prune.blocks import decoder_blocks, weight_shapes
     from seft_ds.prune.plan import pruning_plan
 
-    blocks = decoder_blocks(prepared.model)
+    blocks = decoder_blocks(prepared.model, targets=options.targets or "auto")
     shapes = weight_shapes(blocks)
     total = sum(out * inputs for out, inputs in shapes.values())
     how = recipe.budget.pattern or f"{recipe.budget.sparsity:.4g} per {recipe.unit}"
@@ -303,6 +323,7 @@ def dry_run(options: PruneArguments, recipe: Recipe, prepared: Prepared) -> None
         length_tokens=options.max_length,
         dtype=prepared.dtype,
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
+        targets=options.targets or "auto",
     )
     for line in plan.lines():
         say(line)
@@ -329,7 +350,7 @@ def prune(options: PruneArguments) -> None:
     first = ranks.rank == 0
     start = time.monotonic()
     ready = all_or_none(ranks, lambda: prepare(options, recipe, folder, device))
-    settings = settings_of(recipe, folder, ready.dtype, ready.sequences)
+    settings = settings_of(recipe, folder, ready.dtype, ready.sequences, options.targets)
     agree(ranks, settings, "what to prune")
     output = Path(options.output_dir)
     work, lock = Work(output), RunLock()
@@ -348,6 +369,7 @@ def prune(options: PruneArguments) -> None:
         device,
         writes=first or recipe.method == "magnitude",
         finished=set(finished),
+        targets=options.targets or "auto",
     )
     set_outcome(lambda: how_to_go_on(work, len(source.blocks)))
     if finished:

@@ -22,6 +22,8 @@ import math
 import torch
 from torch import nn
 
+from seft_ds.sparse.linear import swap_class
+
 
 def groups_for(rank: int, shape: tuple[int, int]) -> int:
     """g such that g · in + out is nearest to rank · (out + in), for a weight of `shape` (out, in)."""
@@ -66,8 +68,7 @@ def add_spp(
     generator: torch.Generator,
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Turn a linear layer into an `SppLinear` in place; returns A and b. The weight object stays."""
-    assert type(module) is nn.Linear, f"expected nn.Linear, got {type(module).__name__}"
-    module.__class__ = SppLinear
+    swap_class(module, SppLinear)
     assert isinstance(module, SppLinear)
     like, (out_features, in_features) = module.weight, shape
     a = torch.empty(groups_for(rank, shape), in_features)

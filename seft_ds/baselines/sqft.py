@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from seft_ds.sparse.linear import swap_class
+
 
 def sqft_delta(
     weight: torch.Tensor,  # (out, in)
@@ -49,8 +51,7 @@ def add_sqft(
     generator: torch.Generator,
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Turn a linear layer into a `SqftLinear` in place; returns A and B. The weight object stays."""
-    assert type(module) is nn.Linear, f"expected nn.Linear, got {type(module).__name__}"
-    module.__class__ = SqftLinear
+    swap_class(module, SqftLinear)
     assert isinstance(module, SqftLinear)
     like, (out_features, in_features) = module.weight, shape
     a = torch.empty(rank, in_features)

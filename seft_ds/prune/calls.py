@@ -78,7 +78,12 @@ def enter(
     """
     # A block gives back a tensor or, in older models, a tuple; which one shows in what the next one gets.
     failures: list[Exception] = []
-    for wrap in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
+    for wrap in (
+        lambda hidden: hidden,
+        lambda hidden: (hidden,),
+        lambda hidden: (hidden, None),
+        lambda hidden: (hidden, None, None),
+    ):
         try:
             return _pass_through(model, blocks, sequence, wrap)
         except Exception as error:  # what a model does with the wrong kind may be anything
@@ -172,9 +177,11 @@ def linear_inputs(
 
     def noting_experts(module: nn.Module) -> Callable[..., torch.Tensor]:
         def product(parameter: str, x: torch.Tensor, ends: list[int]) -> torch.Tensor:
-            for names, part in zip(block.experts[module][parameter], _split(x, ends), strict=True):
-                ran.extend(names)
-                found.append((list(names), part))
+            pruned = block.experts[module].get(parameter)  # of two weights one may be left dense
+            if pruned is not None:
+                for names, part in zip(pruned, _split(x, ends), strict=True):
+                    ran.extend(names)
+                    found.append((list(names), part))
             weight = module._parameters[parameter]
             assert weight is not None
             return grouped(x.to(weight.dtype), weight, ends)

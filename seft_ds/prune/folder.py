@@ -32,11 +32,16 @@ from seft_ds.prune.work import Work
 
 
 def settings_of(
-    recipe: Recipe, folder: Path, dtype: torch.dtype, sequences: torch.Tensor | None
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
+    sequences: torch.Tensor | None,
+    targets: list[str] | None = None,
 ) -> dict[str, Any]:
     """Everything that decides about the result, as plain values: two runs with the same give the same.
 
-    Large weights files are digested in part (`folder_facts`).
+    targets: the layers that are pruned, if not all are. Large weights files are digested in part
+    (`folder_facts`).
     """
     facts = folder_facts(folder)
     files = {n: f for n, f in facts.items() if n == "config.json" or n.endswith(".safetensors")}
@@ -50,6 +55,7 @@ def settings_of(
         "sparsity": recipe.budget.sparsity,
         "pattern": recipe.budget.pattern,
         "budget": recipe.unit,
+        "targets": targets,
         "layerwise": "uniform" if owl is None else "owl",
         "owl": None if owl is None else [owl.outlier_factor, owl.density_range],
         "dtype": str(dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ else on the device. benchmarks/pruning.py measures against it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,17 +68,18 @@ def pruning_plan(
     length_tokens: int,
     dtype: torch.dtype,
     ranks: int = 1,
+    targets: Sequence[str] | str = "auto",
 ) -> PruningPlan:
     """The memory that pruning `model` takes on each of `ranks`.
 
     model: only its shapes count, so that one on the meta device will do (`empty_model`). sequences: over all
-    ranks. method: magnitude, wanda or sparsegpt.
+    ranks. method: magnitude, wanda or sparsegpt. targets: the layers that are pruned (`decoder_blocks`).
 
     Raises:
         ValueError: see `decoder_blocks`.
     """
-    blocks = decoder_blocks(model)
-    block = max(blocks, key=_numel)
+    blocks = decoder_blocks(model, targets=targets)
+    block = max(blocks, key=lambda block: (bool(block.matrices), _numel(block)))
     size = dtype.itemsize
     block_bytes = _numel(block) * size
     shapes = {name: m.shape for name, m in block.matrices.items()}

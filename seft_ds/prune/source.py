@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,6 +111,7 @@ class FromFiles:
 
     model: on meta, as `empty_model` makes it. writes: whether this rank hands its blocks to `work`; others
     only need to see the folder. finished: the blocks that are in `work` already, the same on every rank.
+    targets: the layers that are pruned (`decoder_blocks`).
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class FromFiles:
         *,
         writes: bool = True,
         finished: set[int] | None = None,
+        targets: Sequence[str] | str = "auto",
     ) -> None:
-        self.model, self.blocks, self.device = model, decoder_blocks(model), device
+        self.model, self.device = model, device
+        self.blocks = decoder_blocks(model, targets=targets)
         self._tensors, self._work, self._dtype, self._writes = tensors, work, dtype, writes
         self._naming = naming_of_model(model)
         self._buffers = {self._naming.in_files(name) for name, _ in model.named_buffers()}

@@ -208,7 +208,9 @@ def walk(
     for index in tqdm(range(last + 1), desc=what, unit="block", disable=not progress):
         with source.opened(index) as block:
             if not source.finished(index):
-                source.keep(index, prune_block(block, calls[index], hidden))
+                prunes = bool(block.matrices)  # or all of its layers are left dense
+                done = prune_block(block, calls[index], hidden) if prunes else Pruned({})
+                source.keep(index, done)
             if index < last:
                 advance(block, calls[index], hidden, source.device)
 

@@ -23,11 +23,22 @@ import torch
 from torch import nn
 
 from seft_ds.naming import FUSED
-from seft_ds.sparse.linear import DELTA, POSITION, GradientSink
+from seft_ds.sparse.linear import DELTA, POSITION, GradientSink, swap_class
 from seft_ds.sparse.slot_grad import slot_gradient
 
 # (name of a fused weight, x (rows, in) sorted by expert, where each expert's rows end) -> (rows, out)
 Product = Callable[[str, torch.Tensor, list[int]], torch.Tensor]
+
+
+# What transformers says of the form of fused experts: (wanted, what it is otherwise).
+_FORMS = {
+    "has_gate": (True, "experts without a gate"),
+    "has_bias": (False, "experts with biases"),
+    "is_transposed": (False, "experts whose weights are transposed"),
+    "is_concatenated": (True, "experts whose gate and up projections are interleaved"),
+    "has_post_expert_norm": (False, "experts with a norm of their own"),
+    "_is_expert_parallel": (False, "experts that are spread over ranks"),
+}
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -36,15 +47,12 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def unsupported(module: nn.Module) -> str | None:
-    """What of a module of fused experts can't be handled, or None."""
-    wanted = {
-        "has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True,
-        "has_post_expert_norm": False, "_is_expert_parallel": False,
-    }  # fmt: skip
-    for name, value in wanted.items():
-        if getattr(module, name, value) != value:
-            return f"{name} is {getattr(module, name)}, wanted {value}"
-    return None if hasattr(module, "_apply_gate") else "it has no _apply_gate of transformers 5"
+    """Why a module of fused experts can't be handled, or None."""
+    for name, (wanted, problem) in _FORMS.items():
+        if getattr(module, name, wanted) != wanted:
+            return f"{problem} are not supported"
+    known = hasattr(module, "_apply_gate")
+    return None if known else "experts of another form than transformers 5's are not supported"
 
 
 def experts_forward(
@@ -180,9 +188,6 @@ class SeftExperts(nn.Module):
         )  # fmt: skip
 
 
-_CLASSES: dict[type, type] = {}  # of fused experts -> the same with slots
-
-
 def add_expert_slots(
     module: nn.Module, name: str, position: torch.Tensor, slot_ends: list[int]
 ) -> None:
@@ -192,10 +197,7 @@ def add_expert_slots(
     `seft_ds.sparse.linear.add_slots`.
     """
     if not isinstance(module, SeftExperts):
-        kind = type(module)
-        if kind not in _CLASSES:
-            _CLASSES[kind] = type(f"Seft{kind.__name__}", (SeftExperts, kind), {})
-        module.__class__ = _CLASSES[kind]
+        swap_class(module, SeftExperts)
         assert isinstance(module, SeftExperts)
         module.seft_runtimes, module.seft_slot_ends = {}, {}
     like = module._parameters[name]

@@ -119,14 +119,32 @@ class SeftLinear(nn.Linear):
         )
 
 
+_CLASSES: dict[tuple[type, type], type] = {}  # (what is added, class) -> the class with it
+
+
+def swap_class(module: nn.Module, ours: type[nn.Module]) -> None:
+    """Have `ours` come before a module's own class, in place; of a plain `nn.Linear` take its place.
+
+    Parameters, names and hooks stay. A subclass of `nn.Linear` keeps what it has besides its forward pass,
+    which has to be x Wᵀ + b (`seft_ds.sparse.layers`).
+    """
+    kind = type(module)
+    if kind is nn.Linear:
+        module.__class__ = ours
+        return
+    if (ours, kind) not in _CLASSES:
+        _CLASSES[ours, kind] = type(f"Seft{kind.__name__}", (ours, kind), {})
+    module.__class__ = _CLASSES[ours, kind]
+
+
 def add_slots(module: nn.Linear, position: torch.Tensor) -> None:
     """Turn a linear layer into a `SeftLinear` in place, with one slot at each of `position` (K,).
 
     The class is swapped and two parameters are added; names, weight object and hooks stay, so that a
     layer that ZeRO-3 has already partitioned can be converted without touching its weight.
     """
-    assert type(module) is nn.Linear, f"expected nn.Linear, got {type(module).__name__}"
-    module.__class__ = SeftLinear
+    assert not isinstance(module, SeftLinear)
+    swap_class(module, SeftLinear)
     assert isinstance(module, SeftLinear)
     # ZeRO-3 keeps an empty placeholder in `weight`, but its device and dtype are the real ones.
     like = module.weight

@@ -26,6 +26,7 @@ from seft_ds.report.card import write_model_card
 from seft_ds.report.facts import facts_of
 from seft_ds.report.journal import JOURNAL_NAME, read_journal
 from seft_ds.report.page import write_report
+from seft_ds.sparse.layers import has_routers
 from seft_ds.targets import Target
 from seft_ds.train.arguments import Arguments, model_dtype, parse
 from seft_ds.train.distill import check_teacher, load_teacher
@@ -205,6 +206,7 @@ def make_trainer(
         about: what trains, in a line.
     """
     run, method = job.arguments.run, job.arguments.method
+    fit_to_family(run, model)
     if run.dry_run:
         run.output_dir = tempfile.mkdtemp()  # Trainer insists on a folder
     continued = goes_on(job.output, job.checkpoint, run.resume)
@@ -242,6 +244,23 @@ def make_trainer(
         trainer.teacher = load_teacher(job.teacher, dtype, trainer.accelerator)
         trainer.distill_weight = method.distill_weight
     return trainer
+
+
+def fit_to_family(run: Any, model: Any) -> None:
+    """Leave out of the settings what a model's family has no use for.
+
+    Raises:
+        ValueError: gradient checkpointing, which is on by default, of a family that has none.
+    """
+    kind = type(model).__name__
+    if run.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{kind} has no gradient checkpointing, which is on unless you say otherwise; add "
+            "--gradient_checkpointing false"
+        )
+    # Some dense models have the coefficient in their config, and TRL then looks for routers.
+    if run.router_aux_loss_coef is None and not has_routers(model):
+        run.router_aux_loss_coef = 0.0
 
 
 def sparsity_line(targets: list[Target]) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seft_ds.config import SeftConfig, parse_seft
 from seft_ds.memory import HELD, Plan, Setup, plan, window_bytes
-from seft_ds.naming import FUSED, is_router
-from seft_ds.sparse.experts import is_fused_experts
+from seft_ds.naming import naming_of_model
+from seft_ds.sparse.layers import as_target, choose_layers
 from seft_ds.sparse.linear import is_slot_parameter
-from seft_ds.targets import Target, assign_slots, matches, total_slots
+from seft_ds.targets import Target, assign_slots, total_slots
 from seft_ds.zero import shards
 
 GIB = 1 << 30
@@ -75,34 +75,25 @@ def shapes_of_model(model: Any, config: SeftConfig, sparsity: float) -> Shapes:
     Every linear layer but routers and the output head counts as pruned to `sparsity`, and every expert.
 
     Raises:
-        ValueError: no linear layer matches the targets, or a weight gets more slots than live entries.
+        ValueError: no linear layer matches the targets, one that does is not supported
+            (`seft_ds.sparse.layers`), or a weight gets more slots than live entries.
     """
-    head = model.get_output_embeddings()
-    targets, ours = [], set()
-    for name, module in model.named_modules():
-        found: list[tuple[Target, nn.Parameter]] = []
-        if isinstance(module, nn.Linear) and module is not head and not is_router(name):
-            shape = (module.out_features, module.in_features)
-            found = [(Target(name, shape, 0), module.weight)]
-        elif is_fused_experts(module):
-            found = [_fused(f"{name}.{p}", module._parameters[p], k) for p, k in FUSED.items()]
-        for target, weight in found:
-            if matches(target.name, config.targets):
-                _assume_live(target, sparsity)
-                targets.append(target)
-                ours.add(id(weight))
-    if not targets:
-        raise ValueError(f'no linear layer of this model matches "targets": {config.targets!r}')
+    chosen = choose_layers(model, naming_of_model(model), config.targets)
+    broken = next((layer for layer in chosen if layer.problem is not None), None)
+    if broken is not None:
+        kinds = list(dict.fromkeys(c.name.rpartition(".")[2] for c in chosen if c.problem is None))
+        advice = (
+            f'name the other layers: "targets": {json.dumps(kinds)}' if kinds else "give another"
+        )
+        raise ValueError(f"{broken.name} can't be repaired: {broken.problem}; {advice}")
+    if not chosen:
+        raise ValueError("this model has no linear layer that could be a target")
+    targets = [as_target(layer) for layer in chosen]
+    for target in targets:
+        _assume_live(target, sparsity)
     assign_slots(targets, total_slots(targets, config.density, config.trainable))
+    ours = {id(layer.weight) for layer in chosen}
     return shapes_with(model, targets, [p.numel() for p in model.parameters() if id(p) not in ours])
-
-
-def _fused(name: str, weight: Any, matrices: int) -> tuple[Target, nn.Parameter]:
-    """A fused weight (experts, out, in) as a target whose parts are each expert's `matrices`."""
-    experts, rows, columns = weight.shape
-    target = Target(name, (experts * rows, columns), 0, experts=experts)
-    target.part_live = [0] * (experts * matrices)
-    return target, weight
 
 
 def _assume_live(target: Target, sparsity: float) -> None:

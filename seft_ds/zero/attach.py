@@ -6,6 +6,7 @@ Works on whole weights and on weights that `deepspeed.zero.Init` has already par
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,21 +17,15 @@ from torch import nn
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.distributed.selection import gather_lists, select
-from seft_ds.naming import (
-    FUSED,
-    WITH_EXPERTS,
-    Naming,
-    is_router,
-    naming_of_model,
-    separate_experts,
-)
+from seft_ds.naming import naming_of_model
 from seft_ds.sparse import mask, pattern
-from seft_ds.sparse.experts import SeftExperts, add_expert_slots, is_fused_experts, unsupported
+from seft_ds.sparse.experts import SeftExperts, add_expert_slots
+from seft_ds.sparse.layers import as_target, choose_layers
 from seft_ds.sparse.linear import DELTA, POSITION, SeftLinear, add_slots
 from seft_ds.sparse.scores import hash_keys
 from seft_ds.sparse.shard import shard_range
 from seft_ds.sparse.topology import masked_keys
-from seft_ds.targets import Target, assign_slots, matches, parse_pattern, total_slots
+from seft_ds.targets import Target, assign_slots, parse_pattern, total_slots
 from seft_ds.zero import shards
 
 _KEYS_AT_ONCE = 1 << 24  # bounds the memory of choosing the first slots: 64 MiB of keys
@@ -43,6 +38,7 @@ class Found:
     target: Target
     module: nn.Module
     parameter: str = "weight"
+    problem: str | None = None  # why it can't be repaired
 
     @property
     def weight(self) -> nn.Parameter:
@@ -102,7 +98,7 @@ def attach_slots(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Att
         else:
             assert isinstance(f.module, nn.Linear)
             add_slots(f.module, position)
-        attached.append(AttachedTarget(f.target, f.module, f.parameter, live))
+        attached.append(AttachedTarget(f.target, f.module, f.parameter, live_bits=live))
     return attached
 
 
@@ -117,8 +113,8 @@ def find_targets(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Fou
     """The pruned weights that `config` means, with their live counts and patterns. A collective.
 
     Raises:
-        ValueError: nothing is pruned, or a named target doesn't exist or lacks the named pattern; experts
-            that are not of a family and a form that is known.
+        ValueError: nothing is pruned, a named target doesn't exist or lacks the named pattern, or something
+            is pruned that can't be repaired (`seft_ds.sparse.layers`).
     """
     candidates = _candidates(model, config)
     live_counts = _count_live(candidates, ranks)
@@ -130,6 +126,9 @@ def find_targets(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Fou
         # A layer that was pruned away whole has nothing that a slot could sit on.
         if target.target_live and 1 - target.target_live / target.numel >= config.min_sparsity:
             found.append(f)
+    broken = [f for f in found if f.problem is not None]
+    if broken:
+        raise ValueError(_cannot_repair(broken, [f for f in found if f.problem is None]))
     if not found:
         raise ValueError(_nothing_pruned(candidates, config))
     for f in found:
@@ -138,80 +137,28 @@ def find_targets(model: nn.Module, config: SeftConfig, ranks: Ranks) -> list[Fou
 
 
 def _candidates(model: nn.Module, config: SeftConfig) -> list[Found]:
-    """The weights that may be targets, in the model's order: never routers, and never the output head
-    unless it is named. Of fused experts the number of parts is set, and their live counts are not yet."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    naming = naming_of_model(model)
-    layers: dict[str, Found] = {}
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and not is_router(name):
-            rows, columns = shards.shape_of(module.weight)
-            layers[name] = Found(Target(name, (rows, columns), 0), module)
-        elif is_fused_experts(module):
-            layers |= {f.target.name: f for f in _fused(name, module)}
-    owners: dict[int, int] = {}  # how many modules hold each weight object
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners[id(weight)] = owners.get(id(weight), 0) + 1
-    if config.targets == "auto":
-        chosen = [
-            f for f in layers.values() if f.module is not head and owners.get(id(f.weight), 1) == 1
-        ]
-    else:
-        chosen = _named(layers, list(config.targets))
-        for f in chosen:
-            if owners.get(id(f.weight), 1) > 1:
-                raise ValueError(
-                    f"target {f.target.name} shares its weight with another layer; leave it out"
-                )
-    _refuse_experts(chosen, naming)
-    return chosen
+    """The weights that may be targets, in the model's order; with "auto" also those that can't be repaired.
+
+    Of fused experts the number of parts is set, and their live counts are not yet.
+    """
+    chosen = choose_layers(model, naming_of_model(model), config.targets, shards.shape_of)
+    return [Found(as_target(one), one.module, one.parameter, one.problem) for one in chosen]
 
 
-def _named(layers: dict[str, Found], wanted: list[str]) -> list[Found]:
-    for one in wanted:
-        if not any(matches(n, [one]) for n in layers):
-            kinds = sorted({n.rsplit(".", 1)[-1] for n in layers})
-            raise ValueError(
-                f"target {one!r} matches no linear layer of this model; layers end in: {', '.join(kinds)} "
-                "(routers are never targets)"
-            )
-    return [f for n, f in layers.items() if matches(n, wanted)]
-
-
-def _fused(name: str, module: nn.Module) -> list[Found]:
-    """The fused weights of a module of experts."""
-    found = []
-    for parameter, matrices in FUSED.items():
-        weight = module._parameters[parameter]
-        assert weight is not None
-        experts, rows, columns = shards.shape_of(weight)
-        target = Target(f"{name}.{parameter}", (experts * rows, columns), 0, experts=experts)
-        target.part_live = [0] * (experts * matrices)
-        found.append(Found(target, module, parameter))
-    return found
-
-
-def _refuse_experts(chosen: list[Found], naming: Naming) -> None:
-    """ValueError for experts in a form that was not tried."""
-    separate = separate_experts([f.target.name for f in chosen])
-    if separate is not None:
-        raise ValueError(
-            f"{separate} is one of experts that are modules of their own, which run or don't depending on "
-            "the tokens, so that ranks would wait for each other; load the model with transformers 5's own "
-            'class, which fuses them, or name the other layers in "targets"'
-        )
-    fused = [f for f in chosen if f.target.experts]
-    if fused and not naming.matrices:
-        raise ValueError(
-            f"{fused[0].target.name}: experts of a family whose files were not tried; wanted model_type "
-            f'{", ".join(WITH_EXPERTS)}; name the other layers in "targets"'
-        )
-    for f in fused:
-        problem = unsupported(f.module)
-        if problem is not None:
-            raise ValueError(f'{f.target.name}: {problem}; name the other layers in "targets"')
+def _cannot_repair(broken: list[Found], others: list[Found]) -> str:
+    """What to say of pruned weights that can't be repaired."""
+    first = broken[0]
+    share = 1 - first.target.target_live / first.target.numel
+    more = f", as {len(broken) - 1} others have," if len(broken) > 1 else ""
+    said = (
+        f"{first.target.name} has {share:.0%} zeros{more} and can't be repaired: {first.problem}. "
+    )
+    if not others:
+        return said + "No other layer of this model is pruned"
+    kinds = list(dict.fromkeys(f.target.name.rpartition(".")[2] for f in others))
+    return (
+        f'{said}To repair the other pruned layers only, name them: "targets": {json.dumps(kinds)}'
+    )
 
 
 def _count_live(candidates: list[Found], ranks: Ranks) -> list[list[int]]:
@@ -234,6 +181,9 @@ def _count_live(candidates: list[Found], ranks: Ranks) -> list[list[int]]:
 
 
 def _nothing_pruned(candidates: list[Found], config: SeftConfig) -> str:
+    if candidates and all(f.problem is not None for f in candidates):
+        first = candidates[0]
+        return f"no layer of this model can be repaired; {first.target.name}: {first.problem}"
     total = sum(f.target.numel for f in candidates)
     live = sum(f.target.target_live for f in candidates)
     share = 1 - live / total if total else 0.0
