@@ -6,13 +6,24 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from seft_ds.config import parse_seft
+from seft_ds.config import SeftConfig, parse_seft
 from seft_ds.memory import Setup, moment_bytes, optimizer_flats, plan, window_bytes
-from seft_ds.targets import Target
+from seft_ds.targets import Target, assign_slots
+from seft_ds.train.fitting import (
+    fewest_ranks,
+    largest_batch,
+    operations_a_token,
+    step_seconds,
+    verdict,
+    what_would_fit,
+)
+from seft_ds.train.planning import Shapes, Work, model_of_config, plan_run
+from seft_ds.train.presets import PRESETS
 from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,13 +146,16 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     done = run_plan(tmp_path, *config, "--gpus_per_node", "2", "--gpu_memory_gib", "80")
     assert done.returncode == 0, done.stderr
     assert "windows" in done.stdout and "fits into 80 GiB" in done.stdout
+    assert "fewest GPUs on which it fits, with 1 rows each: 1\n" in done.stdout
+    assert "largest --per_device_train_batch_size that fits: " in done.stdout
     # The reduction buffer alone is too much; ZeRO-3 with its offload does not change that.
     small = run_plan(tmp_path, *config, "--gpu_memory_gib", "0.5", "--seft.density", "0.02")
     assert small.returncode == 1 and "does not fit into 0.5 GiB" in small.stderr
     pruning = run_plan(tmp_path, "--prune", "sparsegpt", "--calibration_samples", "8")
     assert pruning.returncode == 0 and "one block's weights" in pruning.stdout, pruning.stderr
-    neither = run_plan(tmp_path)
-    assert neither.returncode == 2 and "--deepspeed" in neither.stderr
+    assert "largest --per_device_train_batch_size that fits" not in small.stdout
+    both = run_plan(tmp_path, *config, "--prune", "wanda")
+    assert both.returncode == 2 and "give one of --deepspeed" in both.stderr
     wrong = run_plan(tmp_path, *config, "--seft.densty", "0.02")
     assert wrong.returncode == 2 and "did you mean 'density'" in wrong.stderr
 
@@ -191,3 +205,83 @@ def test_deepseek_v3_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     assert found[16]["device"]["gathered weights"] > 2 * experts
     share = found[16]["device"]["weights"]
     assert share == pytest.approx(2 * found[16]["parameters"] / 128, rel=0.01)
+
+
+def a_run() -> tuple[Shapes, Setup, Work, SeftConfig]:
+    """A model of two weights whose activations grow with the batch."""
+    targets = [Target(name, (4096, 4096), 8 << 20) for name in ("a", "b")]
+    assign_slots(targets, 1 << 18)
+    shapes = Shapes(targets, [1 << 20], 2, 4096, 11008, 4096, 32000)
+    return shapes, Setup(3, 2), Work(), parse_seft({})
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    shapes, setup, work, config = a_run()
+    memory = 16 * 2**30
+    rows = largest_batch(shapes, setup, work, config, 100, memory)
+
+    def share(n: int) -> float:
+        planned = plan_run(shapes, setup, replace(work, micro_batch=n), config, 100)
+        # Of what a card of 16 GiB shows; CUDA and NCCL take 1.5, and 8 % stay free.
+        return (planned.device_total + 1.5 * 2**30) / (0.99 * memory)
+
+    assert rows > 1 and share(rows) <= 0.92 < share(rows + 1)
+    assert largest_batch(shapes, setup, work, config, 100, 2**30) == 0
+
+
+@pytest.mark.parametrize(
+    ("gib", "said"), [(9.9, "no"), (10.2, "tight"), (10.9, "tight"), (11.2, "fits")]
+)
+def test_a_verdict_leaves_a_margin(gib: float, said: str) -> None:
+    # 8.5 GiB planned and 1.5 for CUDA and NCCL: 10 of 9.801, 10.098, 10.791 and 11.088 GiB.
+    assert verdict(8.5 * 2**30, gib * 2**30) == said
+
+
+def test_the_fewest_ranks_are_whole_nodes_beyond_one() -> None:
+    shapes, setup, work, config = a_run()
+    shapes.others = [1 << 25] * 320  # 20 GiB of weights in bf16
+    small = replace(setup, live_parameters=0, reuse_distance=0, prefetched=0, reduce_bucket=1)
+
+    def just_enough(ranks: int) -> float:
+        planned = plan_run(shapes, replace(small, ranks=ranks), work, config, 100)
+        return 1.0001 * (planned.device_total + 1.5 * 2**30) / 0.99 / 0.92
+
+    for ranks in (1, 4, 8, 24):
+        assert fewest_ranks(shapes, small, work, config, 100, just_enough(ranks), 8) == ranks
+    assert fewest_ranks(shapes, small, work, config, 100, just_enough(12), 8) == 16
+    assert fewest_ranks(shapes, small, work, config, 100, 2**30, 8) is None
+
+
+def test_what_would_fit_names_a_batch_that_does() -> None:
+    shapes, setup, work, config = a_run()
+    memory, large = 16 * 2**30, replace(work, micro_batch=100)
+    rows = largest_batch(shapes, setup, work, config, 100, memory)
+    said = what_would_fit(shapes, setup, large, config, 100, memory, 8)
+    assert f"it fits with --per_device_train_batch_size {rows}" in said and rows > 1
+
+
+def test_operations_and_seconds_by_hand() -> None:
+    shapes, _, work, _ = a_run()
+    each = 2 * 4096 * 4096 + 4096 * 32000  # entries that a token passes through
+    assert operations_a_token(shapes, work) == 6 * each  # forward, again, input gradient
+    assert operations_a_token(shapes, replace(work, checkpointing=False)) == 4 * each
+    shapes.targets[1].experts, shapes.experts_per_token = 8, 2
+    routed = 1.25 * 4096 * 4096 + 4096 * 32000
+    assert operations_a_token(shapes, work) == 6 * routed
+    work = replace(work, micro_batch=3, micro_batches=2)
+    seconds = step_seconds(shapes, work, 5e9, 1e12, 1e10)
+    assert seconds == pytest.approx((6 * routed * 3 * 2048 * 2 / 1e12, 0.5))
+    assert step_seconds(shapes, work, 5e9, None, None, probed=0.25) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_number_of_parameters(name: str) -> None:
+    model = model_of_config(name)
+    buffers = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    counted = sum(t.numel() for t in [*model.parameters(), *buffers])
+    assert counted == PRESETS[name].parameters
+
+
+def test_a_name_that_is_no_preset_is_told_the_names() -> None:
+    with pytest.raises(ValueError, match="llama9.*llama2-70b.*deepseek-v3"):
+        model_of_config("llama9")

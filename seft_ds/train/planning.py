@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from seft_ds.naming import naming_of_model
 from seft_ds.sparse.layers import as_target, choose_layers
 from seft_ds.sparse.linear import is_slot_parameter
 from seft_ds.targets import Target, assign_slots, total_slots
+from seft_ds.train.presets import PRESETS, preset_config
 from seft_ds.zero import shards
 
 GIB = 1 << 30
@@ -51,21 +52,26 @@ class Work:
     micro_batches: int = 1  # gradient accumulation
 
 
-def model_of_config(path: str | Path) -> Any:
-    """The model that a folder or a config.json describes, without any weights.
+def model_of_config(name: str) -> Any:
+    """The model that a folder, a config.json or a preset's name describes, without any weights.
 
     Raises:
         ValueError: no config there, or of a model that transformers can't make.
     """
-    path = Path(path)
+    preset = name.lower() if not Path(name).exists() and name.lower() in PRESETS else None
     try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        settings = (
+            preset_config(preset)
+            if preset
+            else AutoConfig.from_pretrained(Path(name), trust_remote_code=False)
+        )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"--model_name_or_path {path}: no config of a causal language model ({error}); give a model's "
-            "folder or its config.json"
+            f"--model_name_or_path {name}: no config of a causal language model ({reason}); give a model's "
+            f"folder, its config.json, or one of {', '.join(PRESETS)}"
         ) from None
 
 
@@ -203,35 +209,3 @@ def table(result: Plan, ranks_per_node: int) -> str:
         a_node = ranks_per_node * result.host_total / GIB
         lines.append(f"host memory of a node with {ranks_per_node} ranks: {a_node:.3f} GiB")
     return "\n".join(lines)
-
-
-def what_would_fit(
-    shapes: Shapes, setup: Setup, work: Work, config: SeftConfig, device_bytes: float
-) -> list[str]:
-    """Single changes after which a rank fits its device; with none, the one that brings most."""
-    changes: dict[str, tuple[Setup, Work]] = {}
-    if not setup.eight_bit:
-        changes["--optim adamw_bnb_8bit"] = replace(setup, optimizer="adamw8bit"), work
-    if setup.stage < 3:
-        changes["ZeRO stage 3 (ds_configs/zero3.json)"] = replace(setup, stage=3), work
-    if not setup.offload_optimizer:
-        moved = replace(setup, offload_optimizer=True)
-        changes['"offload_optimizer": {"device": "cpu"}'] = moved, work
-    if setup.stage == 3 and not setup.offload_param:
-        moved = replace(setup, offload_optimizer=True, offload_param=True)
-        changes['"offload_param" and "offload_optimizer": {"device": "cpu"}'] = moved, work
-    if not work.checkpointing:
-        changes["--gradient_checkpointing true"] = setup, replace(work, checkpointing=True)
-    if work.micro_batch > 1:
-        changes["--per_device_train_batch_size 1"] = setup, replace(work, micro_batch=1)
-    if setup.stage == 3:
-        fewer = replace(setup, live_parameters=min(setup.live_parameters, 100_000_000))
-        changes['"stage3_max_live_parameters": 1e8'] = fewer, work
-    for factor in (2, 4, 8) if setup.stage == 3 else ():
-        changes[f"{factor} times the ranks"] = replace(setup, ranks=factor * setup.ranks), work
-    needs = {c: plan_run(shapes, *to, config).device_total for c, to in changes.items()}
-    fitting = [change for change, need in needs.items() if need <= device_bytes]
-    if fitting:
-        return [f"it fits with {change}" for change in fitting]
-    best = min(needs, key=lambda change: needs[change])
-    return [f"no single change is enough; {best} comes to {needs[best] / GIB:.1f} GiB"]
