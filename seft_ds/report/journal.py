@@ -4,8 +4,8 @@
     step    step, loss, learning_rate, grad_norm; seconds, tokens (since the line before it)
     event   step, target, dropped, grown, kept, revived, died, folded, pruned, live, target_live,
             changed (positions whose live bit differs from the start), slots, cut (moments that 8-bit
-            state could not hold), seconds, bytes; parts that took no part: idle (no token reached them),
-            not_finite (their sums overflowed; only where there are some)
+            state could not hold), seconds, bytes; parts that took no part, where there are some: idle (no
+            token reached them; of fused experts always), not_finite (their sums overflowed)
     exchange step, exchanged, most, paying, targets (name: revived, pruned, live, changed, idle, not_finite),
             seconds, bytes
     skipped step, in_a_row, batches: a loss or gradient was not finite; weights: where the losses were finite

@@ -376,7 +376,7 @@ class SparseEvolution:
             pruned=change.pruned.numel(),
             target_live=state.target.target_live,
             slots=state.target.n_slots,
-            idle=change.idle,
+            **({"idle": change.idle} if change.idle or state.target.experts else {}),
             **({"not_finite": change.not_finite} if change.not_finite else {}),
             **measured,
         )

@@ -77,9 +77,9 @@ def run(home: Path, stage: int, settings: dict[str, Any]) -> dict[str, Any]:
         assert all(same) if t.name in UNREACHED else not same[1], (stage, settings, t.name, same)
     assert all(bool(s.rates.isfinite().all()) for s in seft.states)
     events = [r for r in records if r["kind"] == "event"]
-    idle = {r["target"] for r in events if r["idle"]}
+    idle = {r["target"] for r in events if r.get("idle")}
     assert idle == (set(UNREACHED) if events else set())
-    assert seft.n_events == sum(not r["idle"] for r in events)
+    assert seft.n_events == sum(not r.get("idle") for r in events)
     revived = sum(r["revived"] for r in events)
     for r in records:
         if r["kind"] == "exchange":
