@@ -156,7 +156,10 @@ def hang_up(number: int, frame: object) -> None:
 def commands(size: Size, inputs: Path, work: Path, ranks: int) -> list[Step]:
     """What the quickstart does, in order."""
     # A port of its own, so that another run on this machine is not in the way.
-    deepspeed = [BIN / "deepspeed", "--quiet", "--num_gpus", ranks, "--master_port", free_port()]
+    # Without its log: it would say as an error that a rank ended, which the rank has said by then.
+    deepspeed = [
+        BIN / "deepspeed", "--log_level", "critical", "--num_gpus", ranks, "--master_port", free_port(),
+    ]  # fmt: skip
     dense, pruned, repaired = inputs / "model", work / "pruned", work / "repaired"
 
     def evaluate(name: str, model: Path) -> Step:

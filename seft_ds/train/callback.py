@@ -50,7 +50,7 @@ class SeftCallback(JournaledRun):
             config that the Trainer's `deepspeed` argument names.
         journal_dir: where `journal.jsonl` goes; default: the Trainer's output_dir.
         about: facts for the journal's first line.
-        handle_signals: on SIGTERM or SIGUSR1 finish the step, write a checkpoint, and end training.
+        handle_signals: on Ctrl-C, SIGTERM or SIGUSR1 finish the step, write a checkpoint, and end training.
     """
 
     def __init__(

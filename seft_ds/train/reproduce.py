@@ -27,13 +27,18 @@ def launcher(environment: Mapping[str, str]) -> list[str]:
     """How ranks were started, by the marks that each launcher leaves in their environment."""
     world = environment.get("WORLD_SIZE", "1")
     here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world
-    if "SLURM_STEP_ID" in environment and "TORCHELASTIC_RUN_ID" not in environment:
-        return ["srun", f"--ntasks={world}", "python"]
     if not here.isdigit() or not world.isdigit() or "RANK" not in environment:
         return ["python"]
     nodes = max(1, int(world) // max(1, int(here)))
     if "TORCHELASTIC_RUN_ID" in environment:
         return ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={here}"]
+    if "LOCAL_SIZE" not in environment:  # which DeepSpeed's launcher sets
+        if world == "1":
+            return ["python"]
+        if world in (environment.get("OMPI_COMM_WORLD_SIZE"), environment.get("PMI_SIZE")):
+            return ["mpirun", "-n", world, "python"]
+        if "SLURM_STEP_ID" in environment:
+            return ["srun", f"--ntasks={world}", "python"]
     return ["deepspeed", *(["--num_nodes", str(nodes)] if nodes > 1 else []), "--num_gpus", here]
 
 

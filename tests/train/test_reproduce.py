@@ -30,6 +30,12 @@ REST = "launch/finetune.py --output_dir 'my run' --seft.interval 6"
             "torchrun --nnodes=2 --nproc_per_node=4",
         ),
         ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_STEP_ID": "0"}, "srun --ntasks=4 python"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, "python"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4"}, "mpirun -n 4 python"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "SLURM_STEP_ID": "0"},
+            "deepspeed --num_gpus 2",
+        ),
         ({"RANK": "0", "WORLD_SIZE": "many"}, "python"),
     ],
 )
