@@ -19,7 +19,7 @@ import torch
 from seft_ds.devices import choose_device
 from seft_ds.errors import RunError
 from seft_ds.launching import core_share, known_place, settle
-from seft_ds.signals import Stopped, guard_process, say_stopped
+from seft_ds.signals import Stopped, guard_process, guarded, say_stopped
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -94,6 +94,7 @@ def run(main: Callable[[], int | None]) -> int:
     then the process says which and ends here, with status 1. So it does after a signal, with 128 + n.
     """
     print_anything()
+    was_guarded = guarded()  # by the script, which ends with this call
     guard = guard_process()
     if guard is not None:
         guard.clears_up = True
@@ -117,6 +118,8 @@ def run(main: Callable[[], int | None]) -> int:
     finally:
         if guard is not None:
             guard.finished = True
+            if not was_guarded:
+                guard.close()
     return status or 0
 
 

@@ -238,6 +238,11 @@ def guard_process(outcome: str | None = None) -> Guard | None:
     return _guard
 
 
+def guarded() -> bool:
+    """Whether signals end this process in one line."""
+    return _guard is not None and not _guard._closed
+
+
 def set_outcome(outcome: str | Callable[[], str]) -> None:
     """What the line says if a signal ends this process from now on."""
     if _guard is not None:

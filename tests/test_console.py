@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,8 +83,11 @@ def test_the_loss_of_a_peer_is_one_line_without_traceback(tmp_path):
     assert in_fork(tmp_path, work, RANK="3") == (1, "\nerror on rank 3: rank 1 died; resume\n")
 
 
-def test_a_script_that_works_returns_0():
+def test_a_script_that_works_returns_0_and_leaves_the_signals_as_they_were():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert console.run(lambda: None) == 0
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert console.run(lambda: 3) == 3
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
