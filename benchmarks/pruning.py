@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from seft_ds.checkpoint.model_files import open_model_files
 from seft_ds.prune.choose import Budget
 from seft_ds.prune.empty import empty_model
 from seft_ds.prune.folder import assemble, find_quotas, prune_blocks
 from seft_ds.prune.plan import pruning_plan
 from seft_ds.prune.recipe import recipe_of
-from seft_ds.prune.source import FromFiles, main_dtype, match_names
+from seft_ds.prune.source import FromFiles
 from seft_ds.prune.work import Work
-from seft_ds.tensor_files import stored_tensors
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -71,13 +71,13 @@ def measure(
 
     torch.set_num_threads(1)
     ranks = init_ranks()
-    stored = stored_tensors(folder)
-    dtype = main_dtype(stored)
-    model = empty_model(folder, dtype, CPU)
+    files = open_model_files(folder)
+    dtype = files.dtype
+    model = empty_model(folder, dtype, CPU, files)
     tokens = torch.randint(0, model.config.vocab_size, (samples, length))
     work = Work(output)
     work.begin({}, overwrite=True)
-    source = FromFiles(model, match_names(model, stored), work, dtype, CPU)
+    source = FromFiles(model, files, work, dtype, CPU)
     recipe = recipe_of(method, Budget(sparsity=0.6))
     plan = pruning_plan(model, method, sequences=samples, length_tokens=length, dtype=dtype)
     answer.send(own_bytes(os.getpid()))

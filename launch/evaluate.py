@@ -103,9 +103,11 @@ def evaluate(options: EvaluateArguments) -> None:
     folder = check(options)
     device = prepare_device()
     # Only now the slow imports: a mistake in the arguments is told at once.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from seft_ds.beginning import in_words
+    from seft_ds.checkpoint.load import load_causal_lm
+    from seft_ds.checkpoint.model_files import open_model_files
     from seft_ds.distributed.agreement import all_or_none
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers
@@ -117,9 +119,11 @@ def evaluate(options: EvaluateArguments) -> None:
     manager = None
     if options.tasks is not None:
         manager = all_or_none(ranks, lambda: known_tasks(options))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch_dtype(options.dtype), trust_remote_code=False
-    )
+    files = all_or_none(ranks, lambda: open_model_files(folder))
+    for line in files.notes() if ranks.rank == 0 else ():
+        print(f"warning: {line}", flush=True)
+    named = torch_dtype(options.dtype)
+    model = load_causal_lm(files, named if isinstance(named, torch.dtype) else files.dtype, ranks)
     model = model.to(device).eval()
     check_length(options.max_length, model)
     dtype = str(model.dtype).removeprefix("torch.")

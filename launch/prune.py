@@ -259,7 +259,7 @@ class Prepared:
     """The model's structure, where its tensors are, and the text with what each sequence begins with."""
 
     model: Any
-    tensors: dict[str, Any]  # name -> Stored
+    files: Any  # ModelFiles
     dtype: torch.dtype
     sequences: torch.Tensor | None
     begins_with: str | None
@@ -273,27 +273,25 @@ def prepare(
     Raises:
         ValueError: the model, its files or the text can't be used; what to change.
     """
+    from seft_ds.checkpoint.model_files import open_model_files
     from seft_ds.prune.blocks import check_pattern_fits, decoder_blocks
-    from seft_ds.prune.empty import empty_model, read_config
-    from seft_ds.prune.source import main_dtype, match_names
-    from seft_ds.tensor_files import stored_tensors
+    from seft_ds.prune.empty import empty_model
 
-    stored = stored_tensors(folder)
-    config = read_config(folder)
-    wanted = torch_dtype(options.dtype)
-    if not isinstance(wanted, torch.dtype):  # what from_pretrained's "auto" takes
-        wanted = getattr(config, "dtype", None) or main_dtype(stored)
-    assert isinstance(wanted, torch.dtype)
-    model = empty_model(folder, wanted, device)
-    blocks = decoder_blocks(model, targets=options.targets or "auto")
+    files = open_model_files(folder, pickles=False)
+    for line in files.notes():
+        say(f"warning: {line}")
+    dtype = torch_dtype(options.dtype)
+    if not isinstance(dtype, torch.dtype):  # "auto": as stored
+        dtype = files.dtype
+    model = empty_model(folder, dtype, device, files)
+    blocks = decoder_blocks(model, files.naming, options.targets or "auto")
     check_pattern_fits(blocks, recipe.budget)
     tell_what_stays_dense(blocks)
-    tensors = match_names(model, stored)
     sequences = begins_with = None
     if recipe.needs_text and not options.dry_run:
-        longest = int(getattr(config, "max_position_embeddings", None) or options.max_length)
+        longest = int(getattr(model.config, "max_position_embeddings", None) or options.max_length)
         sequences, begins_with = calibration(options, folder, longest)
-    return Prepared(model, tensors, wanted, sequences, begins_with)
+    return Prepared(model, files, dtype, sequences, begins_with)
 
 
 def tell_what_stays_dense(blocks: list[Any]) -> None:
@@ -363,7 +361,7 @@ def prune(options: PruneArguments) -> None:
     finished = ranks.gather_object(all_or_none(ranks, lambda: begin() if first else set()))[0]
     source = FromFiles(
         ready.model,
-        ready.tensors,
+        ready.files,
         work,
         ready.dtype,
         device,

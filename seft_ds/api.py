@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from seft_ds.checkpoint.hooks import carry_state
+from seft_ds.checkpoint.model import files_of
 from seft_ds.config import SeftConfig, check_batch_sizes, load_deepspeed_config, parse_seft
 from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import init_ranks
@@ -29,7 +30,9 @@ def attach(model: nn.Module, config: dict | str | Path | SeftConfig) -> nn.Modul
     """
     if not isinstance(config, SeftConfig):
         config = parse_seft(load_deepspeed_config(config).get("seft", {}))
-    attached = attach_model(model, config, on_engine=[])
+    attached = attach_model(
+        model, config, on_engine=[], naming_in=lambda folder: files_of(model, folder).naming
+    )
     attached.on_engine.append(lambda engine: carry_state(engine, attached.source_dir))
     return model
 

@@ -22,6 +22,9 @@ from seft_ds.launching import core_share, known_place, settle
 from seft_ds.signals import Stopped, guard_process, guarded, say_stopped
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+ADAPTER_NAME = "adapter_config.json"
+# Copies of the weights in other formats, which some repositories hold beside them.
+_NOT_WANTED = ["original/*", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "onnx/*", "*.tflite"]
 
 
 def prepare_device() -> torch.device:
@@ -169,19 +172,31 @@ def model_folder(name: str) -> Path:
     """The folder of a model that is given as a folder or, where a hub can be reached, as a hub name.
 
     Raises:
-        ValueError: a folder without config.json or weights, or a name that leads to none.
+        ValueError: a folder without config.json or weights, one that holds an adapter beside them, or a name
+            that leads to none.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return _from_hub(name)
+        folder = _from_hub(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} has no config.json; wanted the folder of a Hugging Face model")
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+    if not has_weights(folder):
         raise ValueError(
             f"{name} holds no weights ({' or '.join(WEIGHT_FILES)}); wanted the folder of a whole "
             "model, as save_pretrained writes it"
         )
+    if (folder / ADAPTER_NAME).is_file():
+        raise ValueError(
+            f"{name} holds an adapter beside a whole model ({ADAPTER_NAME}), which transformers would put on "
+            "top of it; if it is merged already, move its files away; if not, merge it first (peft: "
+            "merge_and_unload)"
+        )
     return folder
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has files of the names that hold a model's weights."""
+    return any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
 
 
 def _from_hub(name: str) -> Path:
@@ -191,7 +206,7 @@ def _from_hub(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"there is no folder {name}; check --model_name_or_path")
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=_NOT_WANTED))
     except Exception as error:  # the hub's errors have no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

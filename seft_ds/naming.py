@@ -13,8 +13,10 @@ Read in transformers 5.23.0, conversion_mapping.py. Families whose names were no
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 # Fused parameter -> how many matrices of each expert it holds.
@@ -31,14 +33,23 @@ class Naming:
         tuple[str, tuple[str, ...]], ...
     ] = ()  # fused parameter -> its matrices in files
     block: tuple[str, str] = ("", "")  # part of a name in the model, and what the files have for it
+    # The family's name of a tensor -> the name that one folder has for it, where they differ: families whose
+    # names transformers changes when it loads, and folders whose names lack the base model's prefix.
+    own: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @cached_property
+    def _usual(self) -> dict[str, str]:
+        return {own: usual for usual, own in self.own.items()}
 
     def in_files(self, name: str) -> str:
         """The name in files of a tensor that is not fused."""
-        return name.replace(*self.block, 1) if self.block[0] else name
+        usual = name.replace(*self.block, 1) if self.block[0] else name
+        return self.own.get(usual, usual)
 
     def in_model(self, stored: str) -> str:
         """The reverse of `in_files`."""
-        return stored.replace(self.block[1], self.block[0], 1) if self.block[0] else stored
+        usual = self._usual.get(stored, stored)
+        return usual.replace(self.block[1], self.block[0], 1) if self.block[0] else usual
 
     def is_fused(self, name: str) -> bool:
         """Whether a parameter of the model is in files by matrices."""
@@ -48,17 +59,19 @@ class Naming:
         """The tensors in files of a fused parameter ("model.layers.3.mlp.experts.down_proj"), by part."""
         owner, _, parameter = fused.rpartition(".")
         matrices = dict(self.matrices)[parameter]
-        owner = self.in_files(owner)
-        return [f"{owner}.{e}.{matrix}.weight" for e in range(experts) for matrix in matrices]
+        owner = owner.replace(*self.block, 1) if self.block[0] else owner
+        usual = [f"{owner}.{e}.{matrix}.weight" for e in range(experts) for matrix in matrices]
+        return [self.own.get(name, name) for name in usual]
 
     def fused_name(self, stored: str) -> str | None:
         """The fused parameter that a tensor of the files is a part of, or None."""
+        stored = self.in_model(stored)
         found = re.fullmatch(r"(.+\.experts)\.\d+\.([^.]+)\.weight", stored)
         if found is None:
             return None
         for fused, matrices in self.matrices:
             if found[2] in matrices:
-                return f"{self.in_model(found[1])}.{fused}"
+                return f"{found[1]}.{fused}"
         return None
 
 

@@ -19,6 +19,8 @@ from seft_ds.json_file import printable, read_object, shown
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 # The names that the format gives to dtypes, and ours to read them back with.
 DTYPE_CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -63,22 +65,24 @@ def open_tensors(path: Path) -> Any:
         raise ValueError(f"{path}: can't be read ({reason}); it is cut short or damaged") from None
 
 
-def read_index(directory: Path) -> dict[str, str]:
+def read_index(directory: Path, name: str = INDEX_NAME) -> dict[str, str]:
     """{tensor name: file name} of a model in several files.
 
     Raises:
         ValueError: a damaged index, or one that leads out of its directory.
     """
-    path = directory / INDEX_NAME
+    path = directory / name
     listed = read_object(path).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{path} has no weight_map; the file is damaged")
-    for name, file_name in listed.items():
+    for tensor, file_name in listed.items():
         # A plain file name: an index must not make us read outside its own directory.
-        plain = isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)
-        if not plain or not file_name.isprintable() or not is_name(name):
+        plain = isinstance(file_name, str) and re.fullmatch(
+            r"[^/\\]+\.(safetensors|bin)", file_name
+        )
+        if not plain or not file_name.isprintable() or not is_name(tensor):
             raise ValueError(
-                f"{INDEX_NAME} puts {shown(name)} into {shown(file_name)}, which is no file name; "
+                f"{name} puts {shown(tensor)} into {shown(file_name)}, which is no file name; "
                 f"{path} is damaged"
             )
     return listed
@@ -103,37 +107,86 @@ class Stored:
             return file.get_tensor(self.key).clone()
 
     def read_flat(self, lo: int, hi: int) -> torch.Tensor:
-        """The flat positions [lo, hi) of a matrix; only the rows that they lie in are read."""
-        columns = self.shape[1]
+        """The flat positions [lo, hi); only the rows that they lie in are read."""
+        if not self.shape:
+            return self.read().reshape(1)[lo:hi]
+        columns = max(1, math.prod(self.shape[1:]))
         first, last = lo // columns, -(-hi // columns)
         with open_tensors(self.path) as file:
             rows = file.get_slice(self.key)[first:last]
             return rows.reshape(-1)[lo - first * columns : hi - first * columns].clone()
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+@dataclass(frozen=True)
+class StoredInPickle(Stored):
+    """A tensor in a pytorch_model.bin. Reading one goes through the whole table of its file."""
+
+    def read(self) -> torch.Tensor:
+        return _unpickled(self.path, "cpu")[self.key].clone()
+
+    def read_flat(self, lo: int, hi: int) -> torch.Tensor:
+        return _unpickled(self.path, "cpu")[self.key].reshape(-1)[lo:hi].clone()
+
+
+def stored_tensors(folder: Path, pickles: bool = False) -> dict[str, Stored]:
     """All tensors of a model folder by the names in its files, from the headers alone.
 
+    pickles: take a pytorch_model.bin where there are no safetensors.
+
     Raises:
-        ValueError: no safetensors, a damaged file or index, or a dtype that is not plain numbers.
+        ValueError: no weights that can be read, a missing or damaged file, a damaged index, or a dtype that
+            is not plain numbers.
     """
-    names: dict[str, str] | None = None
     if (folder / WEIGHTS_NAME).is_file():  # what transformers loads first
-        files = [WEIGHTS_NAME]
-    elif (folder / INDEX_NAME).is_file():
+        return _in_safetensors(folder, {}, [WEIGHTS_NAME])
+    if (folder / INDEX_NAME).is_file():
         names = read_index(folder)
-        files = sorted(set(names.values()))
-    else:
+        check_shards(folder, names, INDEX_NAME)
+        return _in_safetensors(folder, names, sorted(set(names.values())))
+    if pickles and (folder / PICKLE_NAME).is_file():
+        return _in_pickles(folder, [PICKLE_NAME])
+    if pickles and (folder / PICKLE_INDEX_NAME).is_file():
+        names = read_index(folder, PICKLE_INDEX_NAME)
+        check_shards(folder, names, PICKLE_INDEX_NAME)
+        return _in_pickles(folder, sorted(set(names.values())))
+    raise ValueError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}{_instead(folder)}")
+
+
+def check_shards(folder: Path, names: dict[str, str], index_name: str) -> None:
+    """ValueError if a file that the index names is not there: a download or a copy was interrupted."""
+    files = sorted(set(names.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
         raise ValueError(
-            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, and a model is read straight from its "
-            "safetensors; convert it once: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto')"
-            ".save_pretrained(NEW_DIR), and the tokenizer likewise"
+            f"{folder}: {index_name} names {absent[0]}, which is not there ({len(absent)} of {len(files)} "
+            "files are missing): the copy or download was interrupted; complete it"
         )
-    found = {}
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights of the usual names has, and what to do about it."""
+    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        return (
+            f", but {shards[0]}: {INDEX_NAME} is missing, without which nobody knows whether all files are "
+            "there; complete the copy or download"
+        )
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            ", and a model is read straight from its safetensors; convert it once: "
+            "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR), and the "
+            "tokenizer likewise"
+        )
+    return "; give the folder of a whole model, as save_pretrained writes it"
+
+
+def _in_safetensors(folder: Path, names: dict[str, str], files: list[str]) -> dict[str, Stored]:
+    """names: the index, tensor name -> file name; empty where there is one file."""
+    found: dict[str, Stored] = {}
     for file_name in files:
         with open_tensors(folder / file_name) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                if names is not None and names.get(key) != file_name:
+                if names and names.get(key) != file_name:
                     continue
                 view = file.get_slice(key)
                 dtype = DTYPE_OF_CODE.get(view.get_dtype())
@@ -143,9 +196,31 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                         "can't be read here; give the model in bf16 or fp32"
                     )
                 found[key] = Stored(folder / file_name, key, tuple(view.get_shape()), dtype)
-    absent = sorted(set(names or ()) - set(found))
+    absent = sorted(set(names) - set(found))
     if absent:
         raise ValueError(
             f"{folder}: {INDEX_NAME} names {absent[0]}, which is in no file; copy it anew"
         )
     return found
+
+
+def _in_pickles(folder: Path, files: list[str]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for file_name in files:
+        for key, value in _unpickled(folder / file_name, "meta").items():
+            if isinstance(value, torch.Tensor):
+                shape = tuple(value.shape)
+                found[key] = StoredInPickle(folder / file_name, key, shape, value.dtype)
+    return found
+
+
+def _unpickled(path: Path, device: str) -> dict[str, Any]:
+    """The table of a pytorch_model.bin; only tensors and plain containers are accepted (`weights_only`)."""
+    try:
+        table = torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
+    except Exception as error:  # torch, zip and pickle have errors of their own
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
+        raise ValueError(f"{path}: can't be read ({reason}); it is cut short or damaged") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} holds a {type(table).__name__}, wanted a table of tensors")
+    return table

@@ -18,10 +18,12 @@ from seft_ds.baselines.again import live_again
 from seft_ds.baselines.methods import find_method
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, versions
 from seft_ds.checkpoint.model import write_on_first
+from seft_ds.checkpoint.model_files import ModelFiles
 from seft_ds.checkpoint.pruned import nonzero_live
 from seft_ds.checkpoint.tokenizer_files import Changes
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.errors import RunError
+from seft_ds.naming import naming_of_model
 from seft_ds.sparse import mask
 from seft_ds.zero import shards
 
@@ -35,6 +37,7 @@ def save_merged(
     about: dict[str, Any],
     sums: dict[str, torch.Tensor] | None = None,
     tokenizer: Changes | None = None,
+    files: ModelFiles | None = None,
 ) -> dict[str, Any]:
     """Write the model with its adapters merged; returns its sparsity record on every rank. A collective.
 
@@ -43,13 +46,22 @@ def save_merged(
         about: further entries for `sparsity.json`.
         sums: Σ x² of the inputs of each target, where the method prunes again.
         tokenizer: what the run changed of the source's tokenizer.
+        files: of `source_dir`, matched with the model: the tensors keep the names that they have there.
 
     Raises:
         ValueError: `output_dir` holds a model already. RunError: a merged weight is not finite.
     """
-    named = plain_tensors(engine.module, adapters)
-    by_name = {f"{layer.target.name}.weight": layer for layer in adapters.layers}
+    if files is None:
+        files = ModelFiles(Path(source_dir), naming_of_model(engine.module), {}, torch.float32)
+    in_files = files.naming.in_files
+    named = {
+        in_files(n): p
+        for n, p in plain_tensors(engine.module, adapters).items()
+        if n not in files.verbatim
+    }
+    by_name = {in_files(layer.target.weight_name): layer for layer in adapters.layers}
     layout = [TensorInfo(n, shards.shape_of(p), p.dtype) for n, p in named.items()]  # type: ignore[arg-type]
+    layout += files.extra_layout(adapters.layers[0].module.weight.dtype)
     exact = find_method(adapters.method).adapter != "lora" or sums is not None
     targets = {
         name: TargetInfo(
@@ -62,8 +74,8 @@ def save_merged(
     merged = (_merge_one(piece, adapters, targets, sums) for piece in gathered)
     facts = about_adapters(adapters, source_dir) | about
     return write_on_first(
-        ranks, gathered, merged, output_dir, layout=layout, targets=targets, source_dir=source_dir,
-        about=facts, tokenizer=tokenizer,
+        ranks, gathered, files.with_extras(merged), output_dir, layout=layout, targets=targets,
+        source_dir=source_dir, about=facts, tokenizer=tokenizer, untied=bool(files.untied),
     )  # fmt: skip
 
 

@@ -30,7 +30,17 @@ import torch
 from seft_ds.checkpoint.manifest import aside_of
 from seft_ds.checkpoint.shard_files import ShardWriter, index_of, plan_shards
 from seft_ds.checkpoint.tokenizer_files import Changes, put_changes
-from seft_ds.checkpoint.verify import FORMAT, RECORD_NAME, model_digest, packed_digest, verify
+from seft_ds.checkpoint.verify import (
+    FORMAT,
+    RECORD_NAME,
+    count_not_finite,
+    model_digest,
+    packed_digest,
+    pattern_of,
+    structure_of,
+    tensor_digest,
+    verify,
+)
 from seft_ds.json_file import read_object
 from seft_ds.sparse import mask
 from seft_ds.tensor_files import DTYPE_CODES, INDEX_NAME, TensorInfo
@@ -41,7 +51,7 @@ _SIDE_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 _LEGAL_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 # What the writer itself puts into the record, so that `about` may not.
 _RECORD_KEYS = set("format pattern live total sparsity live_zeros_raised mask_digest".split())
-_RECORD_KEYS |= {"tensors", "targets", "idle"}
+_RECORD_KEYS |= {"tensors", "targets", "others", "config", "idle"}
 # Parts of a config that describe packed or quantised tensors, which these are not.
 _COMPRESSION_KEYS = {"quantization_config", "compression_config", "sparsity_config"}
 _SIDE_BYTES = 1 << 30
@@ -82,13 +92,15 @@ def write_sparse_model(
     about: dict[str, Any],
     tokenizer: Changes | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    untied: bool = False,
 ) -> dict[str, Any]:
     """Write a model directory and return its sparsity record, as `sparsity.json` holds it.
 
     `tensors` yields (name, full tensor) for everything in `layout`, in any order and on any device;
     each is cast to its layout dtype, written and let go. `source_dir` is where the config and the
     tokenizer come from: a model directory, or a name that transformers can load; `tokenizer` is what the
-    run changed of it. `output_dir` may hold other files of a run, but no model.
+    run changed of it. `output_dir` may hold other files of a run, but no model. `untied`: the head is a
+    tensor of its own, whatever the config of `source_dir` says.
 
     Raises ValueError for what the caller can change (a model is there already, tensors or targets that
     do not fit the layout) and RuntimeError, naming the tensor, if the files read back differ.
@@ -102,10 +114,10 @@ def write_sparse_model(
     shutil.rmtree(aside, ignore_errors=True)  # of a save that was interrupted
     aside.mkdir()
     try:
-        copy_side_files(source_dir, aside, _main_dtype(layout))
+        config = copy_side_files(source_dir, aside, _main_dtype(layout), untied)
         put_changes(aside, tokenizer or {})
-        entries, raised = _write_tensors(aside, tensors, layout, targets, max_shard_bytes)
-        record = _sparsity_record(entries, raised, len(layout), about)
+        entries, others, raised = _write_tensors(aside, tensors, layout, targets, max_shard_bytes)
+        record = _sparsity_record(entries, others, raised, config, about)
         if idle := sorted(name for name, target in targets.items() if target.idle):
             record["idle"] = idle
         _write_json(aside / RECORD_NAME, record)
@@ -173,8 +185,12 @@ def exact_zeros(
     return out, raised
 
 
-def copy_side_files(source_dir: str | Path, destination: Path, dtype: torch.dtype) -> None:
-    """Config, tokenizer and what else is not weights; the config's dtype becomes `dtype`.
+def copy_side_files(
+    source_dir: str | Path, destination: Path, dtype: torch.dtype, untied: bool = False
+) -> dict[str, Any]:
+    """Copy config, tokenizer and what else is not weights; the config's dtype becomes `dtype`.
+
+    Returns the config as it is written.
 
     A `source_dir` that is no local directory is looked up by transformers (its cache, or the hub).
     """
@@ -196,7 +212,13 @@ def copy_side_files(source_dir: str | Path, destination: Path, dtype: torch.dtyp
         config = read_object(config_path)
     except ValueError as error:
         raise ValueError(f"of the base model {source_dir}: {error}") from None
-    _write_json(config_path, config_for_plain_weights(config, dtype))
+    written = config_for_plain_weights(config, dtype)
+    if untied:
+        for part in (written, written.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    _write_json(config_path, written)
+    return written
 
 
 def config_for_plain_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -284,11 +306,13 @@ def _write_tensors(
     layout: list[TensorInfo],
     targets: dict[str, TargetInfo],
     max_shard_bytes: int,
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """Write all weights files; returns the record's `targets` and how many live zeros were raised."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]], int]:
+    """Write all weights files; returns the record's `targets` and `others`, and the number of live zeros
+    that were raised."""
     shards = plan_shards(layout, max_shard_bytes)
     by_name = {info.name: info for info in layout}
     entries: dict[str, dict[str, Any]] = {}
+    others: dict[str, dict[str, Any]] = {}
     raised_total = 0
     with ShardWriter(directory, shards) as writer:
         for name, tensor in tensors:
@@ -302,14 +326,27 @@ def _write_tensors(
             if name in targets:
                 tensor, entries[name], raised = _sparse_tensor(tensor, info, targets[name])
                 raised_total += raised
-            writer.write(name, tensor.to(info.dtype).cpu())
+            written = tensor.to(info.dtype).cpu().contiguous()
+            if name not in targets:
+                others[name] = _entry_of(info) | _content_of(written)
+            writer.write(name, written)
         if writer.missing:
             raise ValueError(
                 f"{len(writer.missing)} tensors never came: {sorted(writer.missing)[:3]}"
             )
     if len(shards) > 1:
         _write_json(directory / INDEX_NAME, index_of(shards))
-    return {name: entries[name] for name in sorted(entries)}, raised_total
+    return dict(sorted(entries.items())), dict(sorted(others.items())), raised_total
+
+
+def _content_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What the record says of the values of a tensor that is not sparse."""
+    wrong = count_not_finite(tensor)  # a mask may well hold -inf
+    return {"digest": tensor_digest(tensor)} | ({"not_finite": wrong} if wrong else {})
+
+
+def _entry_of(info: TensorInfo) -> dict[str, Any]:
+    return {"shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
 
 
 def _sparse_tensor(
@@ -325,9 +362,7 @@ def _sparse_tensor(
             raise ValueError(f"{info.name}: {bits.numel()} mask bytes for {weight.numel()} weights")
         live = mask.unpack(bits.to(weight.device), weight.numel()).view(weight.shape)
     written, raised = exact_zeros(weight, live, info.dtype)
-    entry = {
-        "shape": list(info.shape),
-        "dtype": str(info.dtype).removeprefix("torch."),
+    entry = _entry_of(info) | {
         "pattern": target.pattern,
         "target_live": target.target_live,
         "live": mask.count(bits),
@@ -338,22 +373,27 @@ def _sparse_tensor(
 
 
 def _sparsity_record(
-    entries: dict[str, dict[str, Any]], raised: int, tensors: int, about: dict[str, Any]
+    entries: dict[str, dict[str, Any]],
+    others: dict[str, dict[str, Any]],
+    raised: int,
+    config: dict[str, Any],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     live = sum(entry["live"] for entry in entries.values())
     total = sum(torch.Size(entry["shape"]).numel() for entry in entries.values())
-    patterns = {entry["pattern"] or "unstructured" for entry in entries.values()}
     return {
         "format": FORMAT,
-        "pattern": patterns.pop() if len(patterns) == 1 else "mixed",
+        "pattern": pattern_of(entries),
         "live": live,
         "total": total,
         "sparsity": 1 - live / max(total, 1),
         "live_zeros_raised": raised,
-        "tensors": tensors,
+        "tensors": len(entries) + len(others),
         "mask_digest": model_digest({n: entry["mask_digest"] for n, entry in entries.items()}),
         **about,
+        "config": structure_of(config),
         "targets": entries,
+        "others": others,
     }
 
 

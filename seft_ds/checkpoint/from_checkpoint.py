@@ -18,6 +18,7 @@ from seft_ds.checkpoint.contents import check_contents, check_total
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, about_run, write_sparse_model
 from seft_ds.checkpoint.layout import CheckpointMeta, check_listed, find_tag, read_meta
 from seft_ds.checkpoint.manifest import find_problems
+from seft_ds.checkpoint.model_files import ModelFiles, open_model_files
 from seft_ds.checkpoint.parts import (
     fused_shape,
     naming_of_folder,
@@ -27,10 +28,11 @@ from seft_ds.checkpoint.parts import (
 )
 from seft_ds.checkpoint.pieces import Pieces
 from seft_ds.checkpoint.tokenizer_files import read_changes
+from seft_ds.console import has_weights
 from seft_ds.json_file import shown
 from seft_ds.naming import FUSED, Naming
 from seft_ds.sparse import mask
-from seft_ds.tensor_files import DTYPE_OF_CODE, INDEX_NAME, WEIGHTS_NAME, open_tensors, read_index
+from seft_ds.tensor_files import Stored
 from seft_ds.zero.fingerprint import fingerprint
 from seft_ds.zero.weight_state import never_moved
 
@@ -61,61 +63,65 @@ def export_checkpoint(
         )
     pieces = Pieces(tag, meta)
     check_total(pieces, sum(check_contents(pieces)))
-    base = BaseModel(source, meta) if meta.base == "reference" else None
-    naming = naming_of_folder(source, [t.target() for t in meta.targets])
+    files = _files_of(source, meta)
+    base = BaseModel(files, meta) if meta.base == "reference" else None
     return write_sparse_model(
         output_dir,
-        _tensors(pieces, base, naming),
-        layout=_layout(meta, base, naming),
-        targets=_target_infos(pieces, naming),
+        files.with_extras(_tensors(pieces, base, files)),
+        layout=_layout(meta, base, files) + files.extra_layout(getattr(torch, meta.dtype)),
+        targets=_target_infos(pieces, files.naming),
         source_dir=source,
         about=about_run(source, meta.step, (meta.n_events, meta.n_exchanges), meta.config),
         tokenizer=read_changes(tag.parent),
+        untied=bool(files.untied),
     )
+
+
+def _files_of(source: Path, meta: CheckpointMeta) -> ModelFiles:
+    """The files of the run's pruned model; of a folder without weights only the family's names."""
+    naming = naming_of_folder(source, [t.target() for t in meta.targets])
+    if has_weights(source):
+        return open_model_files(source)
+    if meta.base == "reference":
+        raise ValueError(
+            f"{str(source)!r} holds no *.safetensors; name the pruned model that the run started from with "
+            "--model_name_or_path"
+        )
+    return ModelFiles(source, naming, {}, torch.float32)
 
 
 class BaseModel:
     """The pruned model that a run started from, its weights as the run loaded them, by their names in the
     model: what the files have of fused experts is put together."""
 
-    def __init__(self, folder: Path, meta: CheckpointMeta):
-        self.meta, self.folder = meta, folder
-        self._files = tensor_files(folder)
+    def __init__(self, files: ModelFiles, meta: CheckpointMeta):
+        self.meta, self.folder, self.naming = meta, files.folder, files.naming
+        self._files = files.stored
         targets = [t.target() for t in meta.targets]
-        self.naming = naming_of_folder(folder, targets)
+        parts = {key for group in files.converted for key, _ in group.parts}
         self._stored: dict[str, list[str]] = {}  # name in the model -> those in the files
-        for key in self._files:
+        for key in self._files.keys() - parts:
             name = self.naming.fused_name(key) or self.naming.in_model(key)
             self._stored.setdefault(name, []).append(key)
         self._targets = {t.weight_name for t in targets}
         self._buffers = {o.name: getattr(torch, o.dtype) for o in meta.others if o.buffer}
-        missing = sorted((self._targets | set(meta.fingerprints)) - set(self._stored))
+        wanted = (self._targets | set(meta.fingerprints)) - files.verbatim
+        missing = sorted(wanted - set(self._stored))
         if missing:
             raise ValueError(
-                f"{folder} has no tensor {missing[0]}: it is not the model of this run"
+                f"{self.folder} has no tensor {missing[0]}: it is not the model of this run"
             )
 
     def infos(self, name: str) -> list[TensorInfo]:
         """What the files have of one weight."""
-        found = []
-        for key in self._stored[name]:
-            with self._open(key) as file:
-                part = file.get_slice(key)  # the header only
-                dtype = self._dtype(key, part.get_dtype())
-                found.append(TensorInfo(key, tuple(part.get_shape()), dtype))
-        return found
-
-    def _open(self, key: str) -> Any:
-        """The file that holds a tensor. ValueError, naming it, if it doesn't."""
-        file = open_tensors(self._files[key])
-        if key not in file.keys():  # noqa: SIM118 (not a dict)
-            raise ValueError(f"{self._files[key]} lacks {shown(key)}, which the index puts there")
-        return file
+        return [
+            TensorInfo(key, self._files[key].shape, self._dtype(self._files[key]))
+            for key in sorted(self._stored[name])
+        ]
 
     def _read(self, key: str) -> torch.Tensor:
-        with self._open(key) as file:
-            code = file.get_slice(key).get_dtype()
-            return file.get_tensor(key).to(self._dtype(key, code)).contiguous()
+        stored = self._files[key]
+        return stored.read().to(self._dtype(stored)).contiguous()
 
     def tensor(self, name: str) -> torch.Tensor:
         """One weight in the run's dtype and the model's shape. ValueError if it is not the one that the run
@@ -149,35 +155,14 @@ class BaseModel:
             raise ValueError(f"{self.folder}: the experts of {name} are of different shapes")
         return torch.cat(matrices).view(experts, -1, matrices[0].shape[1])
 
-    def _dtype(self, key: str, code: str) -> torch.dtype:
+    def _dtype(self, stored: Stored) -> torch.dtype:
         """What a tensor was in the run: weights are in the run's dtype, buffers have their own."""
-        stored = DTYPE_OF_CODE.get(code)
-        if stored is None:
-            raise ValueError(f"{self.folder} holds a tensor in {code}, which can't be written")
-        weights = getattr(torch, self.meta.dtype) if stored.is_floating_point else stored
-        return self._buffers.get(self.naming.in_model(key), weights)
+        plain = stored.dtype.is_floating_point
+        weights = getattr(torch, self.meta.dtype) if plain else stored.dtype
+        return self._buffers.get(self.naming.in_model(stored.key), weights)
 
     def others(self) -> list[str]:
-        return [name for name in self._stored if name not in self._targets]
-
-
-def tensor_files(model_dir: Path) -> dict[str, Path]:
-    """Which safetensors file of a model directory holds which tensor."""
-    single = model_dir / WEIGHTS_NAME  # what transformers loads first
-    if os.path.isfile(model_dir / INDEX_NAME) and not os.path.isfile(single):
-        return {name: model_dir / file for name, file in read_index(model_dir).items()}
-    files = sorted(path for path in model_dir.glob("*.safetensors") if os.path.isfile(path))
-    files = [single] if single in files else files
-    if not files:
-        raise ValueError(
-            f"{str(model_dir)!r} holds no *.safetensors; name the pruned model that the run started from "
-            "with --model_name_or_path"
-        )
-    where: dict[str, Path] = {}
-    for path in files:
-        with open_tensors(path) as file:
-            where |= dict.fromkeys(file.keys(), path)
-    return where
+        return sorted(name for name in self._stored if name not in self._targets)
 
 
 def whole_weight(pieces: Pieces, base: BaseModel | None, i: int) -> torch.Tensor:
@@ -219,22 +204,27 @@ def _target_infos(pieces: Pieces, naming: Naming) -> dict[str, TargetInfo]:
     return infos
 
 
-def _layout(meta: CheckpointMeta, base: BaseModel | None, naming: Naming) -> list[TensorInfo]:
+def _layout(meta: CheckpointMeta, base: BaseModel | None, files: ModelFiles) -> list[TensorInfo]:
     dtype = getattr(torch, meta.dtype)
     shapes = [
         (t.weight_name, fused_shape(t), dtype) for t in (meta.target() for meta in meta.targets)
     ]
     if base is None:
-        shapes += [(o.name, tuple(o.shape), getattr(torch, o.dtype)) for o in meta.others]
-    found = [info for each in shapes for info in stored_infos(naming, *each)]
+        shapes += [
+            (o.name, tuple(o.shape), getattr(torch, o.dtype))
+            for o in meta.others
+            if o.name not in files.verbatim
+        ]
+    found = [info for each in shapes for info in stored_infos(files.naming, *each)]
     if base is not None:
         found += [info for name in base.others() for info in base.infos(name)]
     return found
 
 
 def _tensors(
-    pieces: Pieces, base: BaseModel | None, naming: Naming
+    pieces: Pieces, base: BaseModel | None, files: ModelFiles
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    naming = files.naming
     for i, target in enumerate(pieces.meta.targets):
         name = target.target().weight_name
         yield from stored_pieces(naming, name, whole_weight(pieces, base, i))
@@ -243,5 +233,7 @@ def _tensors(
             yield from stored_pieces(naming, name, base.tensor(name))
         return
     for k, other in enumerate(pieces.meta.others):
+        if other.name in files.verbatim:
+            continue
         value = pieces.other(k, 0, other.numel).view(other.shape)
         yield from stored_pieces(naming, other.name, value)

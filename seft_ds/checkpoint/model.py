@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from seft_ds.checkpoint.export import TargetInfo, about_run, write_sparse_model
+from seft_ds.checkpoint.model_files import ModelFiles, compare
 from seft_ds.checkpoint.parts import part_bits, stored_infos, stored_pieces, target_infos
 from seft_ds.checkpoint.tokenizer_files import Changes
+from seft_ds.console import has_weights
+from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.naming import Naming, naming_of_model
 from seft_ds.sparse.linear import is_slot_parameter
+from seft_ds.tensor_files import stored_tensors
 from seft_ds.zero import shards
 from seft_ds.zero.engine import SparseEvolution
 
@@ -25,29 +29,37 @@ def save_model(
     output_dir: str | Path,
     about: dict[str, Any] | None = None,
     tokenizer: Changes | None = None,
+    files: ModelFiles | None = None,
 ) -> dict[str, Any]:
     """Write the trained model of `engine` to `output_dir`; returns its sparsity record on every rank.
 
     A collective: every rank gathers each weight (one in memory at a time), rank 0 writes. The forward
     pass's weights are the effective ones, so nothing has to be merged.
 
+    The tensors have the names that they have in the files of `source_dir`.
+
     Args:
         source_dir: where config and tokenizer come from.
         about: further entries for `sparsity.json`.
         tokenizer: what the run changed of the source's tokenizer.
+        files: of `source_dir`, if they have been compared with the model already.
 
     Raises:
-        ValueError: `output_dir` holds a model already. RuntimeError: an invariant or the files don't hold.
+        ValueError: `output_dir` holds a model already, or `source_dir` is no longer the model's folder.
+            RuntimeError: an invariant or the files don't hold.
     """
     seft: SparseEvolution = engine.seft
     seft.check()
-    named = dict(model_tensors(engine.module))
-    naming = naming_of_model(engine.module)
+    if files is None:
+        files = all_or_none(seft.ranks, lambda: files_of(engine.module, source_dir))
+    named = {n: p for n, p in model_tensors(engine.module) if n not in files.verbatim}
+    naming = files.naming
     layout = [
         info
         for n, p in named.items()
         for info in stored_infos(naming, n, shards.shape_of(p), p.dtype)
     ]
+    layout += files.extra_layout(seft.states[0].weight.dtype)
     targets = _target_infos(seft, naming)
     facts = about_run(
         source_dir, seft.step, (seft.n_events, seft.n_exchanges), seft.config.model_dump()
@@ -58,9 +70,21 @@ def save_model(
         for piece in stored_pieces(naming, n, shards.gather_whole(p, seft.ranks))
     )
     return write_on_first(
-        seft.ranks, gathered, gathered, output_dir, layout=layout, targets=targets, source_dir=source_dir,
-        about=facts, tokenizer=tokenizer,
+        seft.ranks, gathered, files.with_extras(gathered), output_dir, layout=layout, targets=targets,
+        source_dir=source_dir, about=facts, tokenizer=tokenizer, untied=bool(files.untied),
     )  # fmt: skip
+
+
+def files_of(model: nn.Module, source_dir: str | Path) -> ModelFiles:
+    """The files of the folder that a model was loaded from, matched with it; where there is none, none.
+
+    Raises:
+        ValueError: the folder holds another model.
+    """
+    folder = Path(source_dir)
+    if not str(source_dir) or not (folder / "config.json").is_file() or not has_weights(folder):
+        return ModelFiles(folder, naming_of_model(model), {}, torch.float32)
+    return compare(model, folder, stored_tensors(folder, pickles=True))
 
 
 def write_on_first(

@@ -7,20 +7,26 @@ from typing import Any
 
 import torch
 
+from seft_ds.checkpoint.model_files import ModelFiles, load_config
 
-def empty_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
+
+def empty_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, files: ModelFiles | None = None
+) -> Any:
     """The causal language model that a folder's config.json describes, its parameters on the meta device.
 
     Buffers (the frequencies of rotary embeddings, scales of embeddings) are real, and on `device`. In
     evaluation mode.
 
+    files: the folder's, by which the head is tied or not; default: what config.json says.
+
     Raises:
-        ValueError: a config that transformers has no causal language model for, or one of a quantised model.
+        ValueError: a config that transformers has no causal language model for.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = read_config(folder)
+    config = load_config(folder, files)
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -31,24 +37,3 @@ def empty_model(folder: str | Path, dtype: torch.dtype, device: torch.device) ->
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return model.eval()
-
-
-def read_config(folder: str | Path) -> Any:
-    """The transformers config of a model folder.
-
-    Raises:
-        ValueError: transformers cannot read it, or the model is quantised.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of many kinds; all mean that the config is unusable
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"the config.json of {folder} cannot be used ({reason})") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{folder} holds a quantised model (quantization_config in its config.json), whose weights "
-            "cannot be pruned one by one; give the model in bf16 or fp32"
-        )
-    return config

@@ -156,7 +156,7 @@ def assemble(
             if info.name in quotas:
                 yield info.name, work.read(place[info.name], info.name)
             else:
-                yield info.name, source.read(info.name, torch.device("cpu"))
+                yield info.name, source.read(source.original_of(info.name), torch.device("cpu"))
 
     return write_sparse_model(
         output,

@@ -9,115 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from seft_ds.checkpoint.model_files import ModelFiles, read_converted
 from seft_ds.checkpoint.parts import stored_infos
-from seft_ds.naming import naming_of_model
 from seft_ds.prune.blocks import Block, decoder_blocks
 from seft_ds.prune.walk import Pruned, weights_of
 from seft_ds.prune.work import Work
-from seft_ds.tensor_files import Stored, TensorInfo, open_tensors
-
-_COMPARED_ROWS = 4096
-
-
-def main_dtype(stored: dict[str, Stored]) -> torch.dtype:
-    """The floating dtype that most numbers are in."""
-    counts: dict[torch.dtype, int] = {}
-    for tensor in stored.values():
-        if tensor.dtype.is_floating_point:
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
-    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
-
-
-def match_names(model: Any, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The stored tensors by the names that the family's files have, in the model's order; tied copies once.
-
-    Those are the names in the model, but for experts, which have a tensor a matrix (`seft_ds.naming`). Files
-    of a model that was saved without its head leave out the base model's prefix.
-
-    Raises:
-        ValueError: a tensor that the model lacks or that the files lack, or another shape.
-    """
-    naming = naming_of_model(model)
-    infos = [
-        info
-        for name, t in model.state_dict().items()
-        for info in stored_infos(naming, name, tuple(t.shape), t.dtype)
-    ]
-    state = {info.name: info.shape for info in infos}
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})  # copy -> original
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, Stored] = {}
-    unknown = []
-    for key, tensor in stored.items():
-        name = key if key in state else prefix + key
-        if name in state:
-            found[name] = tensor
-        elif not _ignored(model, key):
-            unknown.append(key)
-    for copy, original in ties.items():
-        if copy in found and original not in found:
-            found[original] = found.pop(copy)
-        elif copy in found and _equal(found[copy], found[original]):
-            del found[copy]
-    missing = [name for name in state if name not in found and name not in ties]
-    if unknown or missing:
-        first, what = (
-            (unknown[0], "not in") if unknown else (missing[0], "missing from the files of")
-        )
-        raise ValueError(
-            f"{first} (and {len(unknown) + len(missing) - 1} other tensors) is {what} "
-            f"{type(model).__name__}; if transformers loads this folder, save it once with save_pretrained "
-            "and prune that"
-        )
-    for name, tensor in found.items():
-        if tensor.shape != state[name]:
-            raise ValueError(
-                f"{tensor.key} in {tensor.path} has shape {tensor.shape}, config.json means "
-                f"{state[name]}; give a folder whose files belong together"
-            )
-    return {name: found[name] for name in state if name in found}
-
-
-def _ignored(model: Any, key: str) -> bool:
-    """Whether a tensor that the model has no place for is known to be of no use to it."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    buffers = {name for name, _ in model.named_buffers()}
-    old_buffers = r"rotary_emb\.inv_freq$"  # which versions of 2023 saved in every block
-    return key in buffers or any(re.search(p, key) for p in (*patterns, old_buffers))
-
-
-def _equal(one: Stored, other: Stored) -> bool:
-    """Whether two stored matrices are the same, some rows at a time."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    with open_tensors(one.path) as first, open_tensors(other.path) as second:
-        a, b = first.get_slice(one.key), second.get_slice(other.key)
-        return all(
-            torch.equal(a[lo : lo + _COMPARED_ROWS], b[lo : lo + _COMPARED_ROWS])
-            for lo in range(0, one.shape[0], _COMPARED_ROWS)
-        )
+from seft_ds.tensor_files import TensorInfo
 
 
 class FromFiles:
     """A walk's source (prune/walk.py) that reads a block from files and puts what is pruned into `work`.
 
-    model: on meta, as `empty_model` makes it. writes: whether this rank hands its blocks to `work`; others
-    only need to see the folder. finished: the blocks that are in `work` already, the same on every rank.
-    targets: the layers that are pruned (`decoder_blocks`).
+    model: on meta, as `empty_model` makes it. files: of its folder. writes: whether this rank hands its
+    blocks to `work`; others only need to see the folder. finished: the blocks that are in `work` already,
+    the same on every rank. targets: the layers that are pruned (`decoder_blocks`).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tensors: dict[str, Stored],
+        files: ModelFiles,
         work: Work,
         dtype: torch.dtype,
         device: torch.device,
@@ -127,9 +46,10 @@ class FromFiles:
         targets: Sequence[str] | str = "auto",
     ) -> None:
         self.model, self.device = model, device
-        self.blocks = decoder_blocks(model, targets=targets)
-        self._tensors, self._work, self._dtype, self._writes = tensors, work, dtype, writes
-        self._naming = naming_of_model(model)
+        self.blocks = decoder_blocks(model, files.naming, targets)
+        self._files, self._tensors, self._naming = files, files.stored, files.naming
+        self._work, self._dtype, self._writes = work, dtype, writes
+        self._converted = {name: group for group in files.converted for name in group.names}
         self._buffers = {self._naming.in_files(name) for name, _ in model.named_buffers()}
         self._finished = finished or set()
         self._open: int | None = None
@@ -145,10 +65,16 @@ class FromFiles:
         return self._dtype if stored.is_floating_point and name not in self._buffers else stored
 
     def layout(self) -> list[TensorInfo]:
-        """Name, shape and dtype of every tensor that the pruned model has."""
-        return [
+        """Name, shape and dtype of every tensor that the pruned model has: those of the dense one's files."""
+        infos = [
             TensorInfo(name, t.shape, self._dtype_of(name)) for name, t in self._tensors.items()
         ]
+        shapes = {info.name: info for info in infos}
+        return infos + [replace(shapes[o], name=c) for c, o in self._files.copies.items()]
+
+    def original_of(self, name: str) -> str:
+        """The tensor that a tied copy in the files is a copy of; of any other, itself."""
+        return self._files.copies.get(name, name)
 
     @contextmanager
     def entrance(self) -> Iterator[None]:
@@ -198,6 +124,9 @@ class FromFiles:
     def _parameter(self, index: int, block: Block, name: str, kept: set[str]) -> torch.Tensor:
         """A parameter of a block, its pieces read from the files, or from the work where it has them."""
         whole = block.module.get_parameter(name)
+        group = self._converted.get(f"{block.prefix}.{name}")
+        if group is not None:
+            return read_converted(group, self.read, self.model)[f"{block.prefix}.{name}"]
         infos = stored_infos(
             self._naming, f"{block.prefix}.{name}", tuple(whole.shape), whole.dtype
         )

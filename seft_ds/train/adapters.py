@@ -97,7 +97,7 @@ def train_adapters(job: Job) -> None:
         alpha=arguments.method.lora_alpha,
         dropout=arguments.method.lora_dropout or 0.0,
     )
-    check_loaded(adapters.targets, job.folder)
+    check_loaded(adapters.targets, job.files)
     callback = AdapterCallback(job, adapters, data.begins_with)
     trainer = make_trainer(job, model, data, callback, describe_adapters(adapters))
     if trainer is None:
@@ -114,7 +114,7 @@ def train_adapters(job: Job) -> None:
     about = record_facts(arguments, data.begins_with) | {"steps": trainer.state.global_step}
     record = save_merged(
         trainer.model_wrapped, adapters, job.ranks, job.folder, job.output, about, sums,
-        trainer.tokenizer_changes,
+        trainer.tokenizer_changes, job.files,
     )  # fmt: skip
     if job.ranks.rank == 0:
         callback.write(

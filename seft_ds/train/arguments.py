@@ -7,7 +7,6 @@ A run is described by `--config FILE.yaml` with flags on top. `--seft.NAME VALUE
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ import torch
 from trl import SFTConfig
 
 from seft_ds.baselines.methods import METHODS, find_method, fixed_settings, rank_of
+from seft_ds.checkpoint.model_files import main_dtype
 from seft_ds.config import SeftConfig, load_deepspeed_config, with_overrides
-from seft_ds.json_file import read_object, shown
+from seft_ds.console import model_folder
+from seft_ds.json_file import shown
+from seft_ds.tensor_files import stored_tensors
 from seft_ds.train.evaluating import check_evaluation
 from seft_ds.train.flags import (
     DataclassParser,
@@ -341,7 +343,7 @@ def _adapt_to_machine(values: dict[str, Any]) -> None:
             "--use_cpu true on a machine with GPUs: start with CUDA_VISIBLE_DEVICES= instead"
         )
     _rename_checkpointing(values)
-    dtype = model_dtype(values["model_name_or_path"], values["dtype"])
+    dtype = model_dtype(model_folder(values["model_name_or_path"]), values["dtype"])
     in_bf16 = dtype == torch.bfloat16
     if values["bf16"] is not None and values["bf16"] != in_bf16:
         given, name = str(values["bf16"]).lower(), str(dtype).removeprefix("torch.")
@@ -360,21 +362,21 @@ def _rename_checkpointing(values: dict[str, Any]) -> None:
             values[new], values[old] = values[old], None
 
 
-def model_dtype(folder: str, name: str) -> torch.dtype:
-    """The dtype to train in: the one named, or the one that the model's config.json states.
+def model_dtype(folder: Path, name: str) -> torch.dtype:
+    """The dtype to train in: the one named, or the one that most of the model's numbers are stored in.
 
     Raises:
-        ValueError: another name, or a model in a dtype that we don't train in.
+        ValueError: another name, a model in a dtype that we don't train in, or files that can't be read.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name == "auto":
-        path = Path(folder) / "config.json"
-        stored = read_object(path) if os.path.isfile(path) else {}
-        name = str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
-        if name == "float16":
+        stored = main_dtype(stored_tensors(folder, pickles=True))
+        if stored not in known.values():
+            word = str(stored).removeprefix("torch.")
             raise ValueError(
-                f"{folder} is stored in float16; train it with --dtype bfloat16 or float32"
+                f"{folder} is stored in {word}; train it with --dtype bfloat16 or float32"
             )
+        return stored
     if name not in known:
         raise ValueError(f"dtype {shown(name)}: wanted auto, float32 or bfloat16")
     return known[name]

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from trl.models.utils import prepare_deepspeed
 
+from seft_ds.checkpoint.load import load_causal_lm
+from seft_ds.checkpoint.model_files import ModelFiles
+from seft_ds.distributed.collectives import Ranks
 from seft_ds.json_file import read_object, shown
 
 
@@ -34,13 +36,13 @@ def check_teacher(folder: Path, student: Path) -> None:
         )
 
 
-def load_teacher(folder: Path, dtype: torch.dtype, accelerator: Any) -> Any:
+def load_teacher(files: ModelFiles, dtype: torch.dtype, accelerator: Any, ranks: Ranks) -> Any:
     """The dense model, frozen, ready to be called on this rank. A collective.
 
     Under ZeRO-3 it is partitioned like the model that trains, in an engine without an optimizer; otherwise it
     is whole on every rank.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model = load_causal_lm(files, dtype, ranks)
     model.requires_grad_(False)
     stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
     if stage == 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -10,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoTokenizer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from seft_ds.beginning import in_words
 from seft_ds.checkpoint.export import versions
-from seft_ds.checkpoint.parts import naming_of_folder
-from seft_ds.checkpoint.verify import RECORD_NAME
+from seft_ds.checkpoint.load import load_causal_lm
+from seft_ds.checkpoint.model_files import ModelFiles, open_model_files
+from seft_ds.checkpoint.verify import RECORD_NAME, read_record
 from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
 from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
@@ -50,10 +51,16 @@ class Job:
     arguments: Arguments
     ranks: ProcessRanks
     folder: Path  # of the model that is repaired
+    files: ModelFiles  # that it has, compared with the model
     output: Path
     checkpoint: Path | None  # that it goes on from
     lock: RunLock
-    teacher: Path | None = None  # folder of the dense model, for distillation
+    teacher: ModelFiles | None = None  # of the dense model, for distillation
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to train in."""
+        return model_dtype(self.folder, self.arguments.model.dtype)
 
     def say(self, *lines: str) -> None:
         """Print on rank 0."""
@@ -90,6 +97,10 @@ def accept(argv: list[str], ranks: ProcessRanks) -> Job:
     if dense is not None:
         dense = all_or_none(ranks, partial(dense_folder, dense))
     check_agreement(arguments, [f for f in (folder, teacher, dense) if f is not None], ranks)
+    files = all_or_none(ranks, partial(open_model_files, folder))
+    of_teacher = None
+    if teacher is not None:
+        of_teacher = all_or_none(ranks, partial(open_model_files, teacher))
     check_batch_sizes(arguments.deepspeed, ranks.size)
     lock = RunLock()
     all_or_none(ranks, lambda: take_own(output, arguments, lock, ranks))
@@ -98,7 +109,11 @@ def accept(argv: list[str], ranks: ProcessRanks) -> Job:
     if checkpoint is not None:
         rows = run.per_device_train_batch_size * run.gradient_accumulation_steps * ranks.size
         all_or_none(ranks, lambda: check_batch(checkpoint, rows))
-    return Job(arguments, ranks, folder, output, checkpoint, lock, teacher)
+    job = Job(arguments, ranks, folder, files, output, checkpoint, lock, of_teacher)
+    notes = [f"warning: {line}" for f in (files, of_teacher) if f is not None for line in f.notes()]
+    if notes:
+        job.say(*notes)
+    return job
 
 
 def dense_folder(name: str) -> Path:
@@ -134,34 +149,28 @@ def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRan
 
 
 def load_model(job: Job) -> Any:
-    """The pruned model; under ZeRO-3 partitioned while it loads.
+    """The pruned model as its files have it; under ZeRO-3 partitioned while it loads. A collective.
 
     Raises:
-        ValueError: an attention implementation that transformers doesn't know, or whose package isn't there.
+        ValueError: see `load_causal_lm`.
     """
-    dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
     attention = job.arguments.model.attn_implementation
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job.folder, dtype=dtype, trust_remote_code=False, attn_implementation=attention
-        )
-    except ImportError as error:
-        raise ValueError(f"--attn_implementation {attention} can't be had: {error}") from None
+    model = load_causal_lm(job.files, job.dtype, job.ranks, attention)
     model.config.use_cache = False
     return model
 
 
-def check_loaded(targets: list[Target], folder: Path) -> None:
+def check_loaded(targets: list[Target], files: ModelFiles) -> None:
     """Compare what was loaded with the model's own record, where it has one.
 
     Raises:
         ValueError: the live counts differ: the files were changed, or loading under ZeRO-3 went wrong.
     """
-    path = folder / RECORD_NAME
+    path = files.folder / RECORD_NAME
     if not path.is_file():
         return
-    recorded = json.loads(path.read_text(encoding="utf-8"))["targets"]
-    naming = naming_of_folder(folder, targets)
+    recorded = read_record(files.folder)["targets"]
+    naming = files.naming
     for target in targets:
         names = naming.part_names(target.name, target.experts) if target.experts else []
         for name, live in zip(names or [target.weight_name], target.live_by_part, strict=True):
@@ -169,7 +178,7 @@ def check_loaded(targets: list[Target], folder: Path) -> None:
             if entry is not None and entry["live"] != live:
                 raise ValueError(
                     f"{name}: {live} nonzero weights were loaded, but {path} says {entry['live']}; check "
-                    f"the files with launch/verify.py {folder}"
+                    f"the files with launch/verify.py {files.folder}"
                 )
 
 
@@ -240,8 +249,7 @@ def make_trainer(
         shutil.rmtree(str(run.output_dir), ignore_errors=True)
         return None
     if job.teacher is not None:
-        dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
-        trainer.teacher = load_teacher(job.teacher, dtype, trainer.accelerator)
+        trainer.teacher = load_teacher(job.teacher, job.dtype, trainer.accelerator, job.ranks)
         trainer.distill_weight = method.distill_weight
     return trainer
 

@@ -18,7 +18,6 @@ from seft_ds.memory import Plan
 from seft_ds.signals import nothing_left
 from seft_ds.targets import Target
 from seft_ds.train.adapters import train_adapters
-from seft_ds.train.arguments import model_dtype
 from seft_ds.train.callback import SeftCallback
 from seft_ds.train.job import (
     Job,
@@ -54,7 +53,7 @@ def train_slots(job: Job) -> None:
     model = load_model(job)
     attach(model, job.arguments.deepspeed)
     targets = [t.target for t in find_attached(model).targets]  # type: ignore[union-attr]
-    check_loaded(targets, job.folder)
+    check_loaded(targets, job.files)
     planned = plan_memory(job, model, targets)
     if job.arguments.run.dry_run and planned is not None:
         job.say(describe_plan(job, planned))
@@ -75,7 +74,12 @@ def train_slots(job: Job) -> None:
             return
         about = record_facts(job.arguments, data.begins_with)
         record = save_model(
-            trainer.model_wrapped, job.folder, job.output, about, trainer.tokenizer_changes
+            trainer.model_wrapped,
+            job.folder,
+            job.output,
+            about,
+            trainer.tokenizer_changes,
+            job.files,
         )
         if job.ranks.rank == 0:
             finish(job.output, record)
@@ -92,9 +96,8 @@ def plan_memory(job: Job, model: Any, targets: list[Target]) -> Plan | None:
             told by the engine.
     """
     run = job.arguments.run
-    dtype = model_dtype(str(job.folder), job.arguments.model.dtype)
     try:
-        return plan_of_run(model, targets, run, job.arguments.deepspeed, dtype)
+        return plan_of_run(model, targets, run, job.arguments.deepspeed, job.dtype)
     except (ValueError, AttributeError):
         if run.dry_run:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,8 +40,7 @@ class DenseModel:
             self._parts[t.name] = [self._find(name, t.part_shape, stored) for name in names]
 
     def _find(self, name: str, shape: tuple[int, int], stored: dict[str, Stored]) -> Stored:
-        # A model that was saved without its head leaves out the first part of each name.
-        found = stored.get(name) or stored.get(name.partition(".")[2])
+        found = stored.get(name)
         if found is None:
             raise ValueError(
                 f"dense_model {self.folder} has no {name}; give the model that was pruned, as transformers "
@@ -73,9 +73,14 @@ class DenseModel:
 
 
 def open_dense_model(
-    config: SeftConfig, attached: list[AttachedTarget], ranks: Ranks, naming: Naming = PLAIN
+    config: SeftConfig,
+    attached: list[AttachedTarget],
+    ranks: Ranks,
+    naming_in: Callable[[Path], Naming] = lambda folder: PLAIN,
 ) -> DenseModel | None:
     """What `dense_model` names; None: nothing. A collective.
+
+    naming_in: what a folder's files call the model's tensors; a ValueError of it is passed on.
 
     Raises:
         ValueError: on every rank: it is not the model that was pruned, or every weight has an N:M pattern.
@@ -91,7 +96,7 @@ def open_dense_model(
         )
 
     def open_and_look() -> DenseModel:
-        dense = DenseModel(folder, [a.target for a in free], naming)
+        dense = DenseModel(folder, [a.target for a in free], naming_in(Path(folder)))
         target = free[0].target
         lo, hi = shard_range(target.numel, ranks.rank, ranks.size)
         dense.check_not_pruned(target.name, lo, mask.unpack(free[0].live_bits, hi - lo))

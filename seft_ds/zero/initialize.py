@@ -17,7 +17,7 @@ from torch import nn
 from seft_ds.config import SeftConfig
 from seft_ds.distributed.agreement import agree
 from seft_ds.distributed.collectives import Ranks, init_ranks
-from seft_ds.naming import naming_of_model
+from seft_ds.naming import Naming, naming_of_model
 from seft_ds.sparse.experts import is_fused_experts
 from seft_ds.sparse.linear import DELTA, POSITION, is_slot_parameter
 from seft_ds.zero.attach import AttachedTarget, attach_slots
@@ -49,15 +49,23 @@ class Attached:
 
 
 def attach_model(
-    model: nn.Module, config: SeftConfig, on_engine: list[Callable[[Any], None]]
+    model: nn.Module,
+    config: SeftConfig,
+    on_engine: list[Callable[[Any], None]],
+    naming_in: Callable[[Path], Naming] | None = None,
 ) -> Attached:
-    """Give the pruned layers their slots and freeze the rest. A collective; ValueError if it can't be."""
+    """Give the pruned layers their slots and freeze the rest. A collective; ValueError if it can't be.
+
+    naming_in: what the files of a folder (the dense model's) call this model's tensors; default: what the
+        model's family calls them.
+    """
     if find_attached(model) is not None:
         raise ValueError("this model has SEFT slots already: attach it once")
     ranks = init_ranks()
     agree(ranks, config.model_dump(), 'the "seft" settings')
     targets = attach_slots(model, config, ranks)
-    dense = open_dense_model(config, targets, ranks, naming_of_model(model))
+    naming_in = naming_in or (lambda folder: naming_of_model(model))
+    dense = open_dense_model(config, targets, ranks, naming_in)
     source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if Path(source).is_dir():  # a later export may run in another directory
         source = str(Path(source).resolve())

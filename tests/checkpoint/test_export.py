@@ -91,7 +91,9 @@ def test_live_zeros_are_raised_with_their_sign_and_dead_ones_are_positive(tmp_pa
 
 
 def test_without_bits_the_nonzero_entries_are_live(tmp_path):
-    record, written = _one_weight(tmp_path, torch.tensor([[-0.0, 2.0, 1e-44]]), TargetInfo())
+    record, written = _one_weight(
+        tmp_path, torch.tensor([[-0.0, 2.0, 1e-44]]), TargetInfo(target_live=2)
+    )
     assert written.tolist() == [[0.0, 2.0, TINY]] and not torch.signbit(written).any()
     assert record["targets"]["w"]["live"] == 2 and record["pattern"] == "unstructured"
 
@@ -119,7 +121,8 @@ def test_with_global_scope_only_the_sum_has_a_target(tmp_path):
     tensors = {"a": torch.ones(2, 4), "b": torch.zeros(2, 4)}
     targets = {n: TargetInfo(target_live=4) for n in names}
     common = {"layout": layout, "targets": targets, "source_dir": source}
-    write_sparse_model(tmp_path / "g", tensors.items(), about={"scope": "global"}, **common)
+    by_sum = {"scope": "global", "seft": {"scope": "global"}}
+    write_sparse_model(tmp_path / "g", tensors.items(), about=by_sum, **common)
     with pytest.raises(RuntimeError, match="a: 8 live weights, target 4"):
         write_sparse_model(tmp_path / "l", tensors.items(), about={"scope": "layer"}, **common)
 

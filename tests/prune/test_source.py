@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from seft_ds.checkpoint.model_files import main_dtype, open_model_files
 from seft_ds.prune import statistics, walk
 from seft_ds.prune.choose import Budget, quota_of
 from seft_ds.prune.empty import empty_model
 from seft_ds.prune.folder import assemble, find_quotas, prune_blocks
 from seft_ds.prune.recipe import Recipe, recipe_of
-from seft_ds.prune.source import FromFiles, main_dtype, match_names
+from seft_ds.prune.source import FromFiles
 from seft_ds.prune.work import Work
 from seft_ds.tensor_files import stored_tensors
 from tests.prune.models import KINDS, saved, tiny_model, tokens
@@ -27,11 +28,11 @@ CPU = torch.device("cpu")
 def open_folder(
     folder: Path, output: Path, dtype: torch.dtype = torch.float32, **settings
 ) -> FromFiles:
-    model = empty_model(folder, dtype, CPU)
-    tensors = match_names(model, stored_tensors(folder))
+    files = open_model_files(folder)
     work = Work(output)
     work.folder.mkdir(parents=True, exist_ok=True)
-    return FromFiles(model, tensors, work, dtype, CPU, **settings)
+    model = empty_model(folder, dtype, CPU, files)
+    return FromFiles(model, files, work, dtype, CPU, **settings)
 
 
 def prune_folder(
@@ -205,8 +206,9 @@ def renamed(folder: Path, change) -> Path:
 
 
 def names_found(folder: Path) -> dict[str, str]:
-    model = empty_model(folder, torch.float32, CPU)
-    return {n: s.key for n, s in match_names(model, stored_tensors(folder)).items()}
+    """Name in the model -> name in the files."""
+    files = open_model_files(folder)
+    return {files.naming.in_model(key): key for key in files.stored}
 
 
 def test_a_base_models_names_lack_the_prefix(tmp_path):
@@ -239,7 +241,7 @@ def test_buffers_of_old_files_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda ts: ts | {"vision.w": torch.ones(2)}, "vision.w .*is not in LlamaForCausalLM"),
+        (lambda ts: ts | {"vision.w": torch.ones(2)}, "vision.w in .*is not in LlamaForCausalLM"),
         (lambda ts: {n: t for n, t in ts.items() if "norm" not in n}, "norm.*missing from"),
         (lambda ts: {n: t for n, t in ts.items() if n != "lm_head.weight"}, "lm_head.weight"),
         (lambda ts: ts | {"lm_head.weight": torch.ones(3, 16)}, r"shape \(3, 16\), config.json"),
@@ -256,8 +258,9 @@ def test_other_formats_and_quantised_models_are_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(config | quantised))
-    with pytest.raises(ValueError, match="quantised.*bf16 or fp32"):
-        empty_model(folder, torch.float32, CPU)
+    renamed(folder, lambda ts: ts | {"model.layers.0.mlp.up_proj.g_idx": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"g_idx.*quantization_config \(gptq\).*bf16 or fp32"):
+        open_model_files(folder)
     path = folder / "model.safetensors"
     save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, path)
     with pytest.raises(ValueError, match="F8_E4M3.*quantised"):

@@ -1,0 +1,86 @@
+"""A causal language model as its files have it, under any ZeRO stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from seft_ds.checkpoint.model import model_tensors
+from seft_ds.checkpoint.model_files import ModelFiles, load_config
+from seft_ds.checkpoint.parts import stored_infos
+from seft_ds.distributed.agreement import all_or_none
+from seft_ds.distributed.collectives import Ranks
+from seft_ds.zero import shards
+
+_PROBED_ENTRIES = 64  # of each tensor, at both ends of what a rank holds
+
+
+def load_causal_lm(
+    files: ModelFiles, dtype: torch.dtype, ranks: Ranks, attention: str | None = None
+) -> Any:
+    """The model of a folder whose files have been compared; under ZeRO-3 partitioned while it loads.
+
+    A collective.
+
+    Args:
+        attention: transformers' attn_implementation; None: its own choice.
+
+    Raises:
+        ValueError: an attention implementation that transformers doesn't know, or whose package isn't there;
+            a tensor that came out otherwise than the files have it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(files.folder, files)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            attn_implementation=attention,
+        )
+    except ImportError as error:
+        if attention is None:
+            raise
+        raise ValueError(f"--attn_implementation {attention} can't be had: {error}") from None
+    all_or_none(ranks, lambda: check_loaded_values(model, files, ranks))
+    return model
+
+
+def check_loaded_values(model: Any, files: ModelFiles, ranks: Ranks) -> None:
+    """Compare some entries of every tensor, of the part that this rank holds, with the files.
+
+    The names have been compared before; this finds what a loader does with them under one stage and not
+    under another.
+
+    Raises:
+        ValueError: naming the first tensor that differs.
+    """
+    for name, tensor in model_tensors(model):
+        if name in files.verbatim:
+            continue
+        lo, values = shards.held(tensor, ranks)  # type: ignore[arg-type]
+        infos = stored_infos(files.naming, name, shards.shape_of(tensor), tensor.dtype)  # type: ignore[arg-type]
+        size = torch.Size(infos[0].shape).numel()
+        hi = lo + values.numel()
+        for begin, end in {
+            (lo, min(lo + _PROBED_ENTRIES, hi)),
+            (max(hi - _PROBED_ENTRIES, lo), hi),
+        }:
+            if begin >= end:
+                continue
+            part = begin // size
+            end = min(end, (part + 1) * size)
+            stored = files.stored.get(infos[part].name)
+            if stored is None:  # a buffer that the model makes for itself
+                continue
+            wanted = stored.read_flat(begin - part * size, end - part * size).to(tensor.dtype)
+            came = values[begin - lo : end - lo].cpu()
+            if not torch.equal(torch.nan_to_num(came), torch.nan_to_num(wanted)):
+                raise ValueError(
+                    f"{name} was loaded with other values than {stored.path} has under {stored.key}; this "
+                    "version of transformers doesn't load the model right under this ZeRO stage: try "
+                    "another stage, or the version of transformers in constraints.txt"
+                )
