@@ -123,7 +123,7 @@ def evaluate(options: EvaluateArguments) -> None:
     for line in files.notes() if ranks.rank == 0 else ():
         print(f"warning: {line}", flush=True)
     named = torch_dtype(options.dtype)
-    model = load_causal_lm(files, named if isinstance(named, torch.dtype) else files.dtype, ranks)
+    model = load_causal_lm(files, files.dtype if isinstance(named, str) else named, ranks)
     model = model.to(device).eval()
     check_length(options.max_length, model)
     dtype = str(model.dtype).removeprefix("torch.")

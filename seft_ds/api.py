@@ -10,9 +10,9 @@ from torch import nn
 from seft_ds.checkpoint.hooks import carry_state
 from seft_ds.checkpoint.model import files_of
 from seft_ds.config import SeftConfig, check_batch_sizes, load_deepspeed_config, parse_seft
-from seft_ds.distributed.agreement import agree
+from seft_ds.distributed.agreement import agree, all_or_none
 from seft_ds.distributed.collectives import init_ranks
-from seft_ds.zero.initialize import attach_model, find_attached, make_engine
+from seft_ds.zero.initialize import attach_model, find_attached, make_engine, source_of
 
 
 def attach(model: nn.Module, config: dict | str | Path | SeftConfig) -> nn.Module:
@@ -26,10 +26,15 @@ def attach(model: nn.Module, config: dict | str | Path | SeftConfig) -> nn.Modul
         config: a DeepSpeed config (dict or file) with a "seft" block, or a SeftConfig.
 
     Raises:
-        ValueError: a bad setting, a dense model, more slots than live weights.
+        ValueError: a bad setting, a dense model, more slots than live weights, a model that is not the one in
+            the folder that it was loaded from.
     """
     if not isinstance(config, SeftConfig):
         config = parse_seft(load_deepspeed_config(config).get("seft", {}))
+    source = source_of(model)
+    ranks = init_ranks()
+    # What the files lack is random numbers in the model, and what it lacks would be missing from the result.
+    all_or_none(ranks, lambda: files_of(model, source))
     attached = attach_model(
         model, config, on_engine=[], naming_in=lambda folder: files_of(model, folder).naming
     )

@@ -185,13 +185,32 @@ def model_folder(name: str) -> Path:
             f"{name} holds no weights ({' or '.join(WEIGHT_FILES)}); wanted the folder of a whole "
             "model, as save_pretrained writes it"
         )
+    refuse_adapter(folder)
+    return folder
+
+
+def refuse_adapter(folder: Path) -> None:
+    """ValueError for a folder with an adapter in it, of which nobody can tell whether it is merged."""
     if (folder / ADAPTER_NAME).is_file():
         raise ValueError(
-            f"{name} holds an adapter beside a whole model ({ADAPTER_NAME}), which transformers would put on "
-            "top of it; if it is merged already, move its files away; if not, merge it first (peft: "
+            f"{folder} holds an adapter beside a whole model ({ADAPTER_NAME}), which transformers would put "
+            "on top of it; if it is merged already, move its files away; if not, merge it first (peft: "
             "merge_and_unload)"
         )
-    return folder
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a model was loaded from, by its path or by a hub name that was downloaded; or None."""
+    from huggingface_hub import snapshot_download
+
+    if os.path.isdir(name):
+        return Path(name)
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # the hub's errors have no common base; all mean that it is not here
+        return None
 
 
 def has_weights(folder: Path) -> bool:

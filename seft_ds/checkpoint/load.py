@@ -42,9 +42,10 @@ def load_causal_lm(
             attn_implementation=attention,
         )
     except ImportError as error:
-        if attention is None:
-            raise
-        raise ValueError(f"--attn_implementation {attention} can't be had: {error}") from None
+        what = f"{files.folder} can't be loaded"
+        if attention is not None:
+            what = f"--attn_implementation {attention} is not available"
+        raise ValueError(f"{what}: {error}") from None
     all_or_none(ranks, lambda: check_loaded_values(model, files, ranks))
     return model
 

@@ -13,7 +13,7 @@ from seft_ds.checkpoint.export import TargetInfo, about_run, write_sparse_model
 from seft_ds.checkpoint.model_files import ModelFiles, compare
 from seft_ds.checkpoint.parts import part_bits, stored_infos, stored_pieces, target_infos
 from seft_ds.checkpoint.tokenizer_files import Changes
-from seft_ds.console import has_weights
+from seft_ds.console import has_weights, local_folder
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.naming import Naming, naming_of_model
@@ -81,9 +81,9 @@ def files_of(model: nn.Module, source_dir: str | Path) -> ModelFiles:
     Raises:
         ValueError: the folder holds another model.
     """
-    folder = Path(source_dir)
-    if not str(source_dir) or not (folder / "config.json").is_file() or not has_weights(folder):
-        return ModelFiles(folder, naming_of_model(model), {}, torch.float32)
+    folder = local_folder(str(source_dir))
+    if folder is None or not (folder / "config.json").is_file() or not has_weights(folder):
+        return ModelFiles(Path(source_dir), naming_of_model(model), {}, torch.float32)
     return compare(model, folder, stored_tensors(folder, pickles=True))
 
 

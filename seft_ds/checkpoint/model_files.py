@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.parts import stored_infos
+from seft_ds.console import refuse_adapter
 from seft_ds.json_file import read_object, shown
 from seft_ds.naming import Naming, naming_of_model
 from seft_ds.sparse.linear import is_slot_parameter
@@ -57,6 +58,7 @@ class ModelFiles:
     untied: tuple[str, ...] = ()  # tied in config.json, and kept apart by the files
     left_out: tuple[str, ...] = ()  # in the files, and known to be of no use to the model
     leftover_quantization: str | None = None  # the method that config.json names for plain tensors
+    other_dtypes: tuple[str, ...] = ()  # parameters that are not stored in `dtype`
 
     @property
     def verbatim(self) -> set[str]:
@@ -99,6 +101,12 @@ class ModelFiles:
             lines.append(
                 f"{self.folder}: config.json ties {self.untied[0]}, but the files hold one that differs; it "
                 "is kept (tie_word_embeddings: false)"
+            )
+        if self.other_dtypes:
+            word = str(self.dtype).removeprefix("torch.")
+            lines.append(
+                f"{self.folder}: most of it is stored in {word}, {_some(list(self.other_dtypes))} otherwise; "
+                "one dtype is used for all of them (--dtype)"
             )
         if self.leftover_quantization:
             lines.append(
@@ -179,6 +187,7 @@ def compare(model: Any, folder: Path, stored: dict[str, Stored]) -> ModelFiles:
     Raises:
         ValueError: a tensor that the model or the files lack, or another shape.
     """
+    refuse_adapter(folder)
     family = naming_of_model(model)
     infos = [
         info
@@ -204,22 +213,31 @@ def compare(model: Any, folder: Path, stored: dict[str, Stored]) -> ModelFiles:
     for name, tensor in matched.found.items():
         if tensor.shape != shapes[name]:
             raise ValueError(
-                f"{tensor.key} in {tensor.path} has shape {tensor.shape}, config.json means "
-                f"{shapes[name]}; give a folder whose files belong together"
+                f"{tensor.key} in {tensor.path} has shape {tensor.shape}, the model has {shapes[name]}; give "
+                "a folder whose files and config.json belong together, or, of a model that was changed after "
+                "it was loaded (a larger embedding), save it and load that"
             )
     own = {usual: tensor.key for usual, tensor in matched.found.items() if usual != tensor.key}
     parts = [key for group in matched.converted for key, _ in group.parts]
     in_order = [matched.found[name].key for name in shapes if name in matched.found]
+    dtype = main_dtype(stored)
+    buffers = {family.in_files(name) for name, _ in model.named_buffers()}
+    odd = [
+        t.key
+        for n, t in matched.found.items()
+        if t.dtype.is_floating_point and t.dtype != dtype and n not in buffers
+    ]
     return ModelFiles(
         folder,
         replace(family, own=own),
         {key: stored[key] for key in [*in_order, *parts]},
-        main_dtype(stored),
-        copies,
-        tuple(matched.converted),
-        tuple(untied),
-        tuple(left_out),
-        None if quantization is None else _method_of(quantization),
+        dtype,
+        copies=copies,
+        converted=tuple(matched.converted),
+        untied=tuple(untied),
+        left_out=tuple(left_out),
+        leftover_quantization=None if quantization is None else _method_of(quantization),
+        other_dtypes=tuple(odd),
     )
 
 

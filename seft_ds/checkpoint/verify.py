@@ -161,7 +161,9 @@ def structure_of(config: dict[str, Any]) -> dict[str, Any]:
     """What a model's config says of its tensors: sizes, numbers of layers and heads, ties."""
     found: dict[str, Any] = {}
     for key, value in sorted(config.items()):
-        if key.endswith("_config") and isinstance(value, dict):  # text_config ...
+        if key.endswith("_config") and isinstance(value, dict):
+            if "quantization" in key or "compression" in key:
+                continue
             found[key] = structure_of(value)
         elif _STRUCTURE.fullmatch(key) and not _NOT_STRUCTURE.fullmatch(key):
             plain = value if isinstance(value, list) else [value]

@@ -224,6 +224,7 @@ def record_facts(arguments: Arguments, begins_with: str | None) -> dict[str, Any
     """What `sparsity.json` says of the run beside what the engine knows."""
     return {
         "method": arguments.method.method,
+        "base_model": arguments.model.model_name_or_path,  # by hub name, where it was given so
         "command": command_line(),
         "begins_with": begins_with,
         **method_facts(arguments),

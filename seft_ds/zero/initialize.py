@@ -66,9 +66,7 @@ def attach_model(
     targets = attach_slots(model, config, ranks)
     naming_in = naming_in or (lambda folder: naming_of_model(model))
     dense = open_dense_model(config, targets, ranks, naming_in)
-    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if Path(source).is_dir():  # a later export may run in another directory
-        source = str(Path(source).resolve())
+    source = source_of(model)
     frozen = {n: p for n, p in model.named_parameters() if not is_slot_parameter(n)}
     attached = Attached(
         targets, config, ranks, source, on_engine, model_fingerprints(frozen, ranks), dense
@@ -83,6 +81,13 @@ def attach_model(
     _mark_leaves(model)
     _watch_deepspeed_initialize()
     return attached
+
+
+def source_of(model: nn.Module) -> str:
+    """The folder that a model was loaded from, or its name on a hub."""
+    # Absolute: a later export may run in another folder.
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return str(Path(source).resolve()) if source and Path(source).is_dir() else source
 
 
 def _mark_leaves(model: nn.Module) -> None:

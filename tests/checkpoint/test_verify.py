@@ -228,3 +228,84 @@ def test_the_script_runs_by_itself_from_anywhere(model_dir, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.rstrip().endswith("holds")
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+
+
+def _with_value(name: str, value: float):
+    def change(tensors):
+        flat = tensors[name].view(-1)
+        flat[_first(flat, live=True)] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_with_value(DENSE, float("nan")), f"{DENSE}: 1 entries are NaN or infinite"),
+        (_with_value(NM, float("-inf")), f"{NM}: 1 entries are NaN or infinite"),
+        (_with_value(NORM, float("inf")), f"{NORM}: 1 entries are NaN or infinite"),
+        (lambda t: t[NORM].zero_(), f"{NORM}: other values than when"),
+        (lambda t: t.update({NORM: t[NORM].view(2, 8)}), f"{NORM}: shape [2, 8]"),
+        (lambda t: t.update({NORM: t[NORM].float()}), f"{NORM}: dtype F32"),
+        (lambda t: t.update(renamed=t.pop(NORM)), f"{NORM}: missing from the model's files"),
+        (
+            lambda t: t.update(renamed=t.pop(NORM)),
+            "renamed: in the files, but not in sparsity.json",
+        ),
+        (lambda t: t.update({EMBEDDING: t[EMBEDDING].flip(0)}), f"{EMBEDDING}: other values"),
+    ],
+)
+def test_every_tensor_is_compared(model_dir, change, expected):
+    _edit(model_dir, change)
+    assert any(expected in problem for problem in verify(model_dir).problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda r: r.update(pattern="2:4"), "pattern is '2:4', recounted 'mixed'"),
+        (lambda r: r.update(scope="global"), "scope is 'global', recounted 'layer'"),
+        (lambda r: r["targets"][NM].update(target_live=None), f"{NM}: target_live is null"),
+        (lambda r: r["config"].update(num_hidden_layers=3), "num_hidden_layers is 2, sparsity"),
+    ],
+)
+def test_what_follows_from_other_fields_is_recounted(model_dir, change, expected):
+    _edit_record(model_dir, change)
+    problems = verify(model_dir).problems
+    assert len(problems) == 1 and expected in problems[0]
+
+
+def test_what_would_make_a_reader_load_something_else_is_named(model_dir):
+    (model_dir / "adapter_config.json").write_text("{}")
+    assert verify(model_dir).problems == [
+        "adapter_config.json: an adapter, which readers put on top of the model"
+    ]
+    (model_dir / "adapter_config.json").unlink()
+    path = model_dir / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 1, "quantization_config": {}}))
+    assert verify(model_dir).problems == [
+        "config.json: has a quantization_config, but the tensors are plain",
+        "config.json: num_hidden_layers is 1, sparsity.json says 2",
+    ]
+    path.write_text(json.dumps(config | {"rope_theta": 1e6, "eos_token_id": [1, 2]}))
+    assert verify(model_dir).ok  # what a user may well change
+
+
+@pytest.mark.parametrize("key", ["others", "config"])
+def test_a_record_without_its_parts_is_damaged(model_dir, key):
+    _edit_record(model_dir, lambda r: r.pop(key))
+    with pytest.raises(ValueError, match=f"{key} is None; the file is damaged"):
+        verify(model_dir)
+
+
+def test_records_of_earlier_versions_are_still_read(model_dir):
+    def as_before(record):
+        record.update(format="seft_ds-sparsity-1")
+        record.pop("others"), record.pop("config")
+
+    _edit_record(model_dir, as_before)
+    assert verify(model_dir).ok
