@@ -34,8 +34,10 @@ def sparse_model(folder: Path, dtype: torch.dtype, shard_bytes: int = 1 << 30) -
     for name in (Q, UP):
         tensors[name][torch.rand(tensors[name].shape, generator=g) < 0.6] = 0
     layout = [TensorInfo(n, tuple(t.shape), dtype) for n, t in tensors.items()]
+    live = {n: int(tensors[n].count_nonzero()) for n in (Q, UP)}
+    targets = {n: TargetInfo(target_live=count) for n, count in live.items()}
     write_sparse_model(
-        folder / "model", tensors.items(), layout=layout, targets={Q: TargetInfo(), UP: TargetInfo()},
+        folder / "model", tensors.items(), layout=layout, targets=targets,
         source_dir=base, about={}, max_shard_bytes=shard_bytes,
     )  # fmt: skip
     (folder / "model" / "note of mine.bin").write_bytes(bytes(range(256)) * 9)

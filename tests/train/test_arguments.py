@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from seft_ds.checkpoint.model_files import load_config
 from seft_ds.train.arguments import model_dtype, parse
 
 BOMB = "a0: &a0 [x, x, x]\n" + "".join(
@@ -18,6 +21,8 @@ BOMB = "a0: &a0 [x, x, x]\n" + "".join(
 def base(folder: Path) -> list[str]:
     (folder / "text.txt").write_text("a text\n")
     (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text("{}")
+    save_file({"w": torch.ones(2)}, folder / "model" / "model.safetensors")
     config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
     (folder / "ds.json").write_text(json.dumps(config))
     return [
@@ -100,5 +105,17 @@ def test_when_a_run_is_evaluated(tmp_path: Path) -> None:
 )
 def test_a_models_config_that_is_damaged(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json|dtype"):
-        model_dtype(str(tmp_path), "auto")
+    with pytest.raises(ValueError, match="config.json of .* cannot be used") as caught:
+        load_config(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_dtype_is_that_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    many, few = torch.ones(9, dtype=torch.bfloat16), torch.ones(2)
+    save_file({"a": many, "b": few}, tmp_path / "model.safetensors")
+    assert model_dtype(tmp_path, "auto") == torch.bfloat16
+    assert model_dtype(tmp_path, "float32") == torch.float32
+    save_file({"a": many.half()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="stored in float16; train it with --dtype bfloat16"):
+        model_dtype(tmp_path, "auto")
