@@ -252,16 +252,20 @@ def tell_fit(options: PlanArguments, device_bytes: float, ways: list[str]) -> No
 
     if options.gpu_memory_gib is None:
         return
-    size = f"{options.gpu_memory_gib:g} GiB a GPU"
+    size = options.gpu_memory_gib
     need = fitting.needed_bytes(device_bytes) / 2**30
     fit = fitting.verdict(device_bytes, options.gpu_memory_gib * 2**30)
     counted = f"{need:.1f} GiB, {fitting.BEYOND_PLAN_BYTES / 2**30:g} of them for CUDA and NCCL"
     if fit == "no":
-        raise RunError(f"does not fit into {size} (needs {counted}); " + "; ".join(ways))
+        raise RunError(
+            f"does not fit into {size:g} GiB a GPU; it needs {counted}; " + "; ".join(ways)
+        )
     if fit == "tight":
-        print(f"tight in {size}: {counted}; a peak that is no estimate of ours may not fit")
+        print(
+            f"tight in {size:g} GiB a GPU: {counted}; a peak that is no estimate of ours may not fit"
+        )
     else:
-        print(f"fits into {size}: {counted}")
+        print(f"fits into {size:g} GiB a GPU: {counted}")
 
 
 def main() -> None:
