@@ -62,7 +62,8 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
         for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not is_first_rank() or not sys.stderr.isatty():  # a bar would be lines in a file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own too
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 

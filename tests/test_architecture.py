@@ -25,6 +25,7 @@ LAYERS = [
         "devices",
         "console",
         "command_line",
+        "bars",
     ],
     ["sparse", "optim"],
     ["distributed"],

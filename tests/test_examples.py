@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,19 +104,19 @@ def journal(run: Path, kind: str) -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def measured(home: Path, name: str, size: int, rows: int, stage_file: str = "ds.json") -> str:
+def measured(home: Path, name: str, size: int, rows: int, *more: str) -> str:
     return on_ranks(
         home, size, "launch", "finetune", *TRAINER, "--model_name_or_path", "pruned",
         "--train_file", "rows.jsonl", "--output_dir", name, "--per_device_train_batch_size", str(rows),
         "--eval_tasks", "tiny_choice,tiny_generate", "--eval_include_path", "tasks",
         "--eval_text_file", "held_out.txt", "--eval_steps", "4", "--per_device_eval_batch_size", "2",
-        "--report_to", "tensorboard",
+        "--report_to", "tensorboard", *more,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def finetuned(home: Path) -> str:
-    return measured(home, "finetune", 2, 2)
+    return measured(home, "finetune", 2, 2, "--report_each_weight", "true")
 
 
 def test_three_ways_give_the_same_losses(home: Path, finetuned: str) -> None:
@@ -168,14 +169,23 @@ def test_measurements_are_the_same_on_one_rank(home: Path, finetuned: str) -> No
     assert run_threads(1, work)[0] == pytest.approx(found[0][8, "eval_perplexity"], rel=1e-4)
     assert f"step {STEPS}/{STEPS}: loss" in said and "live 4" in said and "left" in said
     assert "evaluation after step 4: perplexity" in said
+    # Without --report_each_weight: totals only.
+    tags = [t.removeprefix("train/") for t in tensorboard(home / "alone").Tags()["scalars"]]
+    ours = {"sparsity/all", "churn/all", "memory_gib", "tokens_per_second"}
+    assert ours <= set(tags) and not [t for t in tags if "layers" in t] and len(tags) < 30
+
+
+def tensorboard(run: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (run / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
 
 
 def test_sparsity_and_churn_of_each_weight_are_in_tensorboard(home: Path, finetuned: str) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (folder,) = (home / "finetune/runs").iterdir()
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    events = tensorboard(home / "finetune")
     tags = set(events.Tags()["scalars"])
     targets = journal(home / "finetune", "run")[0]["targets"]
     short = [t["name"].removeprefix("model.") for t in targets]

@@ -8,7 +8,6 @@ nothing to wait with, and needs the launcher of accelerate.
 
 from __future__ import annotations
 
-import io
 import logging
 import random
 import sys
@@ -24,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
+from seft_ds.bars import SECONDS, BarsAsLines
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate.lockstep import Lockstep
@@ -259,29 +259,16 @@ def kept_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state(on_gpu)
 
 
-class _WithoutBars(io.TextIOBase):
-    """A stream that leaves progress bars out, and lets through what a rank has to say in an emergency."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        if not text.startswith("\r") and text != "\n":
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
 @contextmanager
 def quiet_library(progress: bool) -> Iterator[None]:
-    """Without what lm-eval says of every task, and its bars unless they are wanted."""
+    """Without what lm-eval says of every task; its bars where they are wanted, as lines in a file."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    bars = progress and sys.stderr.isatty()
+    lines = BarsAsLines(sys.stderr, SECONDS if progress else None)
     try:
-        with nullcontext() if progress else redirect_stderr(_WithoutBars(sys.stderr)):
+        with nullcontext() if bars else redirect_stderr(lines):
             yield
     finally:
         logger.setLevel(level)

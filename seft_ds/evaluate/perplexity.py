@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from seft_ds.bars import with_progress
 from seft_ds.beginning import beginning_of, cut, without
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate.lockstep import Lockstep
@@ -132,7 +132,7 @@ def measure(
     mine = windows[ranks.rank :: ranks.size]
     first = max(1, begin_tokens)  # the first token has nothing to be predicted from
     with Lockstep(model, ranks, sharded, device):
-        for window in tqdm(mine, desc="perplexity", unit="window", disable=not progress):
+        for window in with_progress(mine, "perplexity", "window", progress):
             window = window.to(device)
             logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0]
             total += nll_sum(logits[first - 1 :], window[first - 1 :])

@@ -21,8 +21,8 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from seft_ds.bars import with_progress
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.prune.blocks import Block, decoder_blocks, uniform_quotas
@@ -173,7 +173,7 @@ def by_magnitude(
     source: Source, quotas: dict[str, Quota], indices: range, *, progress: bool = False
 ) -> None:
     """Prune the blocks of these `indices` by |w|; every block stands by itself. No collective."""
-    for index in tqdm(indices, desc="pruning", unit="block", disable=not progress):
+    for index in with_progress(indices, "pruning", "block", progress):
         if source.finished(index):
             continue
         with source.opened(index) as block:
@@ -205,7 +205,7 @@ def walk(
         return
     last = to_do[-1]  # nobody wants its outputs
     calls, hidden = states_before_blocks(source, sequences, ranks)
-    for index in tqdm(range(last + 1), desc=what, unit="block", disable=not progress):
+    for index in with_progress(range(last + 1), what, "block", progress):
         with source.opened(index) as block:
             if not source.finished(index):
                 prunes = bool(block.matrices)  # or all of its layers are left dense

@@ -188,6 +188,9 @@ class RunArguments(SFTConfig):
         default_factory=lambda: ["none"],
         metadata={"help": "none, or some of tensorboard, wandb ..."},
     )
+    report_each_weight: bool = field(
+        default=False, metadata={"help": "sparsity and churn of each weight too, for report_to"}
+    )
 
 
 @dataclass

@@ -6,8 +6,8 @@
     trainer.train()
     callback.save_model("REPAIRED")
 
-`callback.trainer = trainer` before training adds sparsity and churn of each weight to TensorBoard, W&B and
-whatever else the Trainer reports to.
+`callback.trainer = trainer` before training adds sparsity, churn and memory to TensorBoard, W&B and whatever
+else the Trainer reports to; `callback.each_weight = True` those of each weight too.
 
 The callback attaches the slots when the trainer has been built (unless `seft_ds.attach` was called on the
 model), fixes the schedule when the number of steps is known, and keeps the journal.

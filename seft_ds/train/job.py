@@ -235,7 +235,7 @@ def make_trainer(
     )
     run.eval_strategy, run.chat_template_path = strategy, template
     trainer.tokenizer_changes = changes_from(job.folder, data.tokenizer)
-    callback.trainer = trainer
+    callback.trainer, callback.each_weight = trainer, run.report_each_weight
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     trainer.add_callback(Progress(callback))

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import (
 
 from seft_ds.errors import RunError
 from seft_ds.report.journal import JOURNAL_NAME, Journal
-from seft_ds.train.progress import Topology
+from seft_ds.train.progress import Topology, peak_gib
 
 # What Trainer and TRL log of an evaluation beside its results.
 _NOT_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_entropy", "_mean_token_accuracy")
@@ -52,6 +52,7 @@ class JournaledRun(TrainerCallback):
         self._last_tokens = 0
         self.tokens_per_second = 0.0  # between the last two logs, of all ranks
         self.topology: Topology | None = None  # on rank 0, of what evolves
+        self.each_weight = False  # in `scalars` too
         self.scalars: dict[str, float] = {}  # the topology's figures at the last log
         self.trainer: Any = None  # whoever sets it has them in TensorBoard, W&B ... too
 
@@ -114,16 +115,18 @@ class JournaledRun(TrainerCallback):
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
-        """Sparsity and churn to what `report_to` names.
+        """Sparsity, churn, speed and memory to what `report_to` names.
 
-        Not by Trainer.log: it keeps what it logs in every checkpoint, and these are two figures a weight.
+        Not by Trainer.log: it keeps what it logs in every checkpoint, and these may be two figures a weight.
         """
-        if self.topology is None:
-            return
-        self.scalars = self.topology.scalars()
+        if self.topology is not None:
+            self.scalars = self.topology.scalars(self.each_weight)
+        logs = self.scalars | {"memory_gib": peak_gib()}
+        if self.tokens_per_second:
+            logs["tokens_per_second"] = self.tokens_per_second
         for callback in self.trainer.callback_handler.callbacks if self.trainer else []:
             if type(callback) in INTEGRATION_TO_CALLBACK.values():
-                callback.on_log(args, state, control, logs=dict(self.scalars))
+                callback.on_log(args, state, control, logs=dict(logs))
 
     def write(self, kind: str, **fields: Any) -> None:
         """One line of the journal. RunError if it can't be written: a full disk, most likely."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
+from seft_ds.bars import duration
 from seft_ds.distributed.collectives import Ranks
 
 _BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
@@ -53,14 +54,14 @@ class Topology:
     def live_share(self) -> float:
         return sum(self._live.values()) / max(sum(self._numel.values()), 1)
 
-    def scalars(self) -> dict[str, float]:
-        """Sparsity and churn since the last call: of everything, and of each target that changed."""
+    def scalars(self, each_weight: bool = False) -> dict[str, float]:
+        """Sparsity and churn since the last call: of all weights together, and of each that changed."""
         live = max(sum(self._live.values()), 1)
         found = {
             "sparsity/all": 1 - self.live_share,
             "churn/all": sum(self._revived.values()) / live,
         }
-        for name in sorted(self._changed):
+        for name in sorted(self._changed) if each_weight else ():
             short = name.removeprefix("model.")
             found[f"sparsity/{short}"] = 1 - self._live[name] / self._numel[name]
             found[f"churn/{short}"] = self._revived[name] / max(self._live[name], 1)
@@ -162,16 +163,16 @@ def hide_bars(ranks: Ranks) -> None:
         disable_progress_bar()
 
 
-def memory() -> str:
+def peak_gib() -> float:
     """The most that this rank has used: of its GPU, or of the machine where there is none."""
     if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory() -> str:
+    """`peak_gib`, and what the GPU has."""
+    if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} of {total / 2**30:.0f} GiB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """As a clock shows it: 4:05, 1:02:09."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        return f"{peak_gib():.1f} of {total / 2**30:.0f} GiB"
+    return f"{peak_gib():.1f} GiB"
