@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=-1)
     options = parser.parse_args()
 
-    deepspeed.init_distributed(auto_mpi_discovery=False)
+    seft_ds.init_ranks()
     rank, size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     config = engine_config(options, size)
     partitioned = HfDeepSpeedConfig(

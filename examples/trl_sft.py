@@ -3,22 +3,21 @@
     deepspeed --num_gpus 2 examples/trl_sft.py --model_name_or_path PRUNED --dataset_name DATA.jsonl \\
         --output_dir RUN --deepspeed ds_configs/zero3.json --max_steps 100 --learning_rate 5e-3
 
-The settings of SEFT are the "seft" block of the DeepSpeed config. RUN gets the journal, RUN/model the model.
+The settings of SEFT are the "seft" block of the DeepSpeed config. RUN gets the journal and the report,
+RUN/model the model. On one GPU or CPU plain `python` does as well.
 """
 
 from __future__ import annotations
 
-import deepspeed
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-from seft_ds import SeftCallback
+import seft_ds
 
 
 def main() -> None:
-    # Whatever is trained, ZeRO-3 needs the ranks before transformers builds its arguments.
-    deepspeed.init_distributed(auto_mpi_discovery=False)
+    seft_ds.init_ranks()  # under ZeRO-3 before transformers builds its arguments
     script, args, about_model = TrlParser(
         (ScriptArguments, SFTConfig, ModelConfig)
     ).parse_args_and_config()
@@ -28,7 +27,7 @@ def main() -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(about_model.model_name_or_path)
 
-    callback = SeftCallback()
+    callback = seft_ds.SeftCallback()
     trainer = SFTTrainer(
         model,
         args=args,

@@ -1,7 +1,7 @@
 """Write a model's card anew, with what was measured of it since, and the report of its run.
 
     python launch/evaluate.py --model_name_or_path MODEL --text_file TEXT.txt --output_path RESULTS.json
-    python launch/card.py MODEL --evaluation RESULTS.json
+    python launch/card.py MODEL --evaluation RESULTS.json [--before RESULTS_OF_THE_PRUNED_MODEL.json]
 
 Exit status: 0, or 2 for a mistake in the input.
 """
@@ -30,6 +30,9 @@ def parser() -> FlagParser:
     found = FlagParser(description=(__doc__ or "").splitlines()[0])
     found.add_argument("folder", help="a sparse model or the directory of its run")
     found.add_argument("--evaluation", nargs="*", default=[], help="files of launch/evaluate.py")
+    found.add_argument(
+        "--before", nargs="*", default=[], help="the same of the model that this one was made from"
+    )
     return found
 
 
@@ -48,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path(options.folder)
     record = read_record(folder)
     evaluations = [read_evaluation(Path(path)) for path in options.evaluation]
+    before = [read_evaluation(Path(path)) for path in options.before]
     facts = None
     written = []
     if (folder / JOURNAL_NAME).is_file():
         facts = facts_of(read_journal(folder / JOURNAL_NAME))
         written.append(write_report(folder))
-    written.append(write_model_card(folder, record, facts, evaluations))
+    written.append(write_model_card(folder, record, facts, evaluations, before))
     print("wrote " + " and ".join(str(path) for path in written))
 
 

@@ -33,7 +33,15 @@ from typing import Any
 
 import torch
 
-from seft_ds.console import is_first_rank, model_folder, prepare_device, run, torch_dtype
+from seft_ds.checkpoint.origin import origin_of
+from seft_ds.console import (
+    is_first_rank,
+    model_folder,
+    prepare_device,
+    quiet_libraries,
+    run,
+    torch_dtype,
+)
 from seft_ds.devices import settle_accelerator
 from seft_ds.prune.choose import Budget
 from seft_ds.prune.owl import OwlSettings
@@ -251,7 +259,7 @@ def about(
         settings["calibration_file"] = Path(options.calibration_file).name
     for name in unrelated:
         settings.pop(name, None)
-    return {"base_model": folder.resolve().name, "pruning": settings}
+    return origin_of(folder.resolve()) | {"pruning": settings}
 
 
 @dataclass
@@ -421,6 +429,7 @@ def report(record: dict[str, Any], output: Path) -> None:
 def main() -> None:
     set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
+    quiet_libraries()
     from seft_ds.train.flags import parse_options
 
     prune(parse_options(PruneArguments, __doc__))

@@ -15,11 +15,20 @@ _PUBLIC = {
     "SeftConfig": "seft_ds.config",
     "SeftCallback": "seft_ds.train.callback",
     "attach": "seft_ds.api",
+    "init_ranks": "seft_ds.distributed.collectives",
     "initialize": "seft_ds.api",
     "save_model": "seft_ds.checkpoint.model",
     "verify": "seft_ds.checkpoint.verify",
 }
-__all__ = ["SeftCallback", "SeftConfig", "attach", "initialize", "save_model", "verify"]
+__all__ = [
+    "SeftCallback",
+    "SeftConfig",
+    "attach",
+    "init_ranks",
+    "initialize",
+    "save_model",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

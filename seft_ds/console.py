@@ -27,6 +27,17 @@ ADAPTER_NAME = "adapter_config.json"
 _NOT_WANTED = ["original/*", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "onnx/*", "*.tflite"]
 
 
+# Loggers of libraries, and how those of their lines begin that say nothing to a user.
+_SAYING_NOTHING = {
+    # The saved config is the source's own; only this process's copy is aligned.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_SAYING_NOTHING.get(record.name, "\0"))
+
+
 def prepare_device() -> torch.device:
     """Settle which rank this is and on which device it runs: its own GPU, or the CPU, which rank 0 says.
 
@@ -58,6 +69,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in _SAYING_NOTHING:
+        logging.getLogger(name).addFilter(_says_something)
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {message}\n"
+    )  # without our lines of code
     if not is_first_rank():  # which says the same
         warnings.simplefilter("ignore")
         for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):

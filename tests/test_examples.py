@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +126,7 @@ def test_three_ways_give_the_same_losses(home: Path, finetuned: str) -> None:
     losses = [line["loss"] for line in journal(home / "finetune", "step")]
     assert len(losses) == STEPS and losses[-1] < losses[0]
     assert journal(home / "finetune", "event")
-    on_ranks(
+    told = on_ranks(
         home, 2, "examples", "trl_sft", *TRAINER, "--model_name_or_path", "pruned", "--dtype", "float32",
         "--dataset_name", "rows.jsonl", "--output_dir", "trl", "--report_to", "none", "--bf16", "false",
         "--use_cpu", "--save_strategy", "no",
@@ -131,6 +134,8 @@ def test_three_ways_give_the_same_losses(home: Path, finetuned: str) -> None:
     assert [line["loss"] for line in journal(home / "trl", "step")] == pytest.approx(
         losses, rel=1e-5
     )
+    assert "slots train" in told and "model:   trl/model" in told and "report:  trl/report" in told
+    assert (home / "trl/report.html").is_file() and (home / "trl/model/README.md").is_file()
     said = on_ranks(
         home, 2, "examples", "deepspeed_loop", *COMMON, "--model_name_or_path", "pruned",
         "--train_file", "rows.jsonl", "--output_dir", "loop", "--batch_size", "2",
@@ -213,3 +218,31 @@ def test_own_model_and_own_rows_by_three_flags(home: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert verify(home / "own").ok
+
+
+def snippets() -> list[str]:
+    """The scripts of docs/python.md."""
+    return re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), flags=re.DOTALL
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_scripts_of_the_page_run_as_they_are(home: Path, tmp_path: Path, number: int) -> None:
+    """Under plain python; with fewer steps, for the test's sake."""
+    name = f"pasted_{number}"
+    code = snippets()[number].replace("max_steps=100", "max_steps=2").replace("256", "16")
+    (tmp_path / "pasted").mkdir()
+    body = "".join(f"    {line}\n" for line in code.splitlines())
+    (tmp_path / f"pasted/{name}.py").write_text(f"def main():\n{body}")
+    shutil.copytree(home / "pruned", tmp_path / "PRUNED")
+    shutil.copy(home / "rows.jsonl", tmp_path / "DATA.jsonl")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        sys.modules.pop("pasted", None)
+        env = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        done = forked.start(name, [], tmp_path, env, folder="pasted").finish(280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verify(tmp_path / "RUN/model").ok and (tmp_path / "RUN/report.html").is_file()
+    assert "slots train" in done.stdout and "model:   RUN/model" in done.stdout

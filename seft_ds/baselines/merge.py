@@ -19,6 +19,7 @@ from seft_ds.baselines.methods import find_method
 from seft_ds.checkpoint.export import TargetInfo, TensorInfo, versions
 from seft_ds.checkpoint.model import write_on_first
 from seft_ds.checkpoint.model_files import ModelFiles
+from seft_ds.checkpoint.origin import origin_of
 from seft_ds.checkpoint.pruned import nonzero_live
 from seft_ds.checkpoint.tokenizer_files import Changes
 from seft_ds.distributed.collectives import Ranks
@@ -83,7 +84,7 @@ def about_adapters(adapters: Adapters, source_dir: str | Path) -> dict[str, Any]
     """What the record of a merged model says of the run."""
     return {
         "method": adapters.method,
-        "base_model": str(source_dir),
+        **origin_of(source_dir),
         "events": 0,
         "scope": "layer",
         "trainable": adapters.n_trainable,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from seft_ds.checkpoint.manifest import aside_of
+from seft_ds.checkpoint.origin import origin_of
 from seft_ds.checkpoint.shard_files import ShardWriter, index_of, plan_shards
 from seft_ds.checkpoint.tokenizer_files import Changes, put_changes
 from seft_ds.checkpoint.verify import (
@@ -159,7 +160,7 @@ def about_run(
         config = {**config, "dense_model": Path(config["dense_model"]).name}
     return {
         "method": "seft",
-        "base_model": str(source),
+        **origin_of(source),
         "steps": steps,
         "events": events,
         "exchanges": exchanges,

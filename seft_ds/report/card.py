@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from seft_ds.report.facts import Facts, base_name, eval_points, split_name
 
 CARD_NAME = "README.md"
 
 
-Measured = tuple[str, str, float]  # text or task, metric, value
+class Measured(NamedTuple):
+    """One figure of one text or task."""
+
+    what: str
+    metric: str
+    value: float
+    error: float | None = None  # standard error
+    on: str = ""  # how much of it was measured
 
 
 def write_model_card(
@@ -20,35 +28,63 @@ def write_model_card(
     sparsity: dict[str, Any],
     facts: Facts | None = None,
     evaluations: Sequence[dict[str, Any]] = (),
+    before: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write the model card beside the model; returns its path.
 
     `sparsity` is the content of `sparsity.json`; `facts` adds the course of the run, if there was one;
-    `evaluations`: what launch/evaluate.py wrote of this model.
+    `evaluations`: what launch/evaluate.py wrote of this model; `before`: of the one that it was made from.
     """
-    path = Path(run_dir) / CARD_NAME
+    run_dir = Path(run_dir)
+    path = run_dir / CARD_NAME
     measured = [row for results in evaluations for row in measured_in(results)]
-    text = model_card(sparsity, facts, Path(run_dir).resolve().name, measured)
+    earlier = [row for results in before for row in measured_in(results)]
+    licences = sorted(p.name for p in run_dir.glob("LICEN[SC]E*"))
+    if licences and "license" not in sparsity:
+        named = {"license": "other", "license_name": "base-model", "license_link": licences[0]}
+        sparsity = {**sparsity, "license": named}
+    text = model_card(sparsity, facts, run_dir.resolve().name, measured, earlier)
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def measured_in(results: dict[str, Any]) -> list[Measured]:
-    """Perplexity and the tasks' metrics, without their errors, out of what launch/evaluate.py writes."""
+    """Perplexity and the tasks' metrics, with their errors, out of what launch/evaluate.py writes."""
     rows: list[Measured] = []
     text = results.get("perplexity")
     if isinstance(text, dict) and is_number(text.get("perplexity")):
-        rows.append((str(text.get("text_file")), "perplexity", float(text["perplexity"])))
+        windows, tokens = text.get("windows"), text.get("window_tokens")
+        on = f"{windows:,} windows of {tokens} tokens" if is_number(windows) else ""
+        rows.append(
+            Measured(str(text.get("text_file")), "perplexity", float(text["perplexity"]), None, on)
+        )
     tasks = results.get("tasks")
     found = tasks.get("results") if isinstance(tasks, dict) else None
     for task, metrics in found.items() if isinstance(found, dict) else ():
         for name, value in metrics.items() if isinstance(metrics, dict) else ():
             metric, _, kind = str(name).partition(",")
-            if is_number(value) and kind and not metric.endswith("_stderr"):
-                rows.append(
-                    (str(task), metric if kind == "none" else f"{metric} ({kind})", float(value))
+            if not is_number(value) or not kind or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            shown = metric if kind == "none" else f"{metric} ({kind})"
+            rows.append(
+                Measured(
+                    str(task), shown, float(value), float(error) if is_number(error) else None,
+                    _documents(tasks, task),
                 )
+            )  # fmt: skip
     return rows
+
+
+def _documents(tasks: Any, task: str) -> str:
+    """How many documents a task's figures come from; "" if nobody said."""
+    counts = (tasks.get("n-samples") or {}).get(task)
+    if not isinstance(counts, dict) or not is_number(counts.get("effective")):
+        return ""
+    used, there = counts["effective"], counts.get("original")
+    if is_number(there) and used < there:
+        return f"the first {used:,} of {there:,} documents"
+    return f"{used:,} documents"
 
 
 def is_number(value: Any) -> bool:
@@ -56,18 +92,38 @@ def is_number(value: Any) -> bool:
 
 
 def model_card(
-    sparsity: dict[str, Any], facts: Facts | None, title: str, measured: Sequence[Measured] = ()
+    sparsity: dict[str, Any],
+    facts: Facts | None,
+    title: str,
+    measured: Sequence[Measured] = (),
+    before: Sequence[Measured] = (),
 ) -> str:
     """The card as Markdown with a YAML front matter."""
     base = base_name(str(sparsity.get("base_model") or (facts and facts.run.get("model")) or ""))
     # JSON strings are YAML strings, whatever the name holds.
-    front = ["---", *([f"base_model: {json.dumps(base)}"] if base else [])]
+    front = ["---"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):  # a folder's name means nothing on a hub
+        front += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]
+    licence = sparsity.get("license")
+    for key, value in licence.items() if isinstance(licence, dict) else ():
+        front.append(f"{key}: {json.dumps(value)}")
     front += ["library_name: transformers", "pipeline_tag: text-generation"]
     front += ["tags:", "- sparse", "- seft", *_model_index(title, measured), "---"]
     lines = [*front, "", f"# {title}", "", _opening(sparsity, base), "", *_table(sparsity), ""]
-    lines += _evaluation(measured) if measured else []
+    lines += _pruning(sparsity.get("pruning"))
+    lines += _evaluation(measured, before) if measured else []
     lines += _training(facts) if facts and facts.losses else []
     return "\n".join(lines + _LOADING) + "\n"
+
+
+def _pruning(settings: Any) -> list[str]:
+    """How the model was pruned, as far as its record says."""
+    if not isinstance(settings, dict) or not settings:
+        return []
+    told = ", ".join(
+        f"{_cell(str(k))} {_cell(str(v))}" for k, v in settings.items() if v is not None
+    )
+    return ["## Pruning", "", f"{told}.", ""]
 
 
 def _opening(sparsity: dict[str, Any], base: str) -> str:
@@ -104,22 +160,37 @@ def _table(sparsity: dict[str, Any]) -> list[str]:
 
 def _model_index(title: str, measured: Sequence[Measured]) -> list[str]:
     """The results as a hub shows them beside the model; JSON is YAML."""
-    results = [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"name": what, "type": what},
-            "metrics": [{"type": metric, "value": value}],
-        }
-        for what, metric, value in measured
-    ]
+    results = []
+    for row in measured:
+        name = f"{row.what} ({row.on})" if row.on.startswith("the first") else row.what
+        metric = {"type": row.metric, "value": row.value}
+        results.append(
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": name, "type": row.what},
+                "metrics": [metric],
+            }
+        )
     return [f"model-index: {json.dumps([{'name': title, 'results': results}])}"] if results else []
 
 
-def _evaluation(measured: Sequence[Measured]) -> list[str]:
-    rows = [
-        f"| {_cell(what)} | {_cell(metric)} | {value:.4g} |" for what, metric, value in measured
-    ]
-    return ["## Evaluation", "", "| | metric | value |", "|---|---|--:|", *rows, ""]
+def _evaluation(measured: Sequence[Measured], before: Sequence[Measured]) -> list[str]:
+    """The figures as a table, beside those of the model that this one was made from, if they are known."""
+    earlier = {(row.what, row.metric, row.on): row for row in before}
+    found = [earlier.get((row.what, row.metric, row.on)) for row in measured]
+    known = any(found)
+    head = ["", "metric", *(["before"] if known else []), "value", "measured on"]
+    lines = [f"| {' | '.join(head)} |", f"|---|---|{'--:|' * (1 + known)}---|"]
+    for row, old in zip(measured, found):
+        figures = [_figure(old) if old else ""] * known + [_figure(row)]
+        cells = [_cell(row.what), _cell(row.metric), *figures, _cell(row.on)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["## Evaluation", "", *lines, ""]
+
+
+def _figure(row: Measured) -> str:
+    error = "" if row.error is None else f" ± {row.error:.2g}"
+    return f"{row.value:.4g}{error}"
 
 
 def _cell(text: str) -> str:

@@ -20,14 +20,13 @@ from seft_ds.checkpoint.export import versions
 from seft_ds.config import parse_seft
 from seft_ds.signals import set_outcome
 from seft_ds.train.callback import hide_seft_block
+from seft_ds.train.closing import finish, sparsity_line
 from seft_ds.train.job import (
     Job,
     check_loaded,
-    finish,
     load_model,
     make_trainer,
     read_data,
-    sparsity_line,
 )
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.opening import record_facts, run_facts

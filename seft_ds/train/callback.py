@@ -1,5 +1,6 @@
 """SEFT in transformers' Trainer, and in what is built on it (TRL): one callback.
 
+    seft_ds.init_ranks()     # before the arguments: transformers looks for the ranks then
     callback = SeftCallback("ds_configs/zero3.json")        # a DeepSpeed config with a "seft" block
     trainer = Trainer(model, args=TrainingArguments(deepspeed="ds_configs/zero3.json", ...),
                       callbacks=[callback], ...)
@@ -15,6 +16,7 @@ model), fixes the schedule when the number of steps is known, and keeps the jour
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -33,6 +35,7 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.errors import RunError
 from seft_ds.json_file import read_object
 from seft_ds.signals import active_request, watch_signals
+from seft_ds.train.closing import describe_targets, finish
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.measuring import MemoryMeter, describe_unreached, write_measurements
 from seft_ds.train.progress import Topology
@@ -67,6 +70,7 @@ class SeftCallback(JournaledRun):
         self.stopped_by: str | None = None  # the signal that ended training, on any rank
         self.model: Any = None
         self.tokenizer: Any = None
+        self.tells = True  # what trains, on rank 0
         self.memory = MemoryMeter()  # whoever has a plan of memory sets its `plan`
 
     @property
@@ -89,7 +93,8 @@ class SeftCallback(JournaledRun):
         return engine.seft.last_checkpoint if engine is not None else None
 
     def save_model(self, output_dir: str | Path) -> dict[str, Any]:
-        """Write the repaired sparse model; returns its sparsity record. Every rank calls it.
+        """Write the repaired sparse model, its card and the run's report; returns its sparsity record. Every
+        rank calls it.
 
         Raises:
             RunError: a signal stopped the training, so that the model is half trained.
@@ -100,7 +105,10 @@ class SeftCallback(JournaledRun):
                 "saving a half-trained model (launch/export.py makes one of a checkpoint)"
             )
         source = find_attached(self.model).source_dir  # type: ignore[union-attr]
-        return save_model(self.engine, source, output_dir, tokenizer=self._tokenizer_changes())
+        record = save_model(self.engine, source, output_dir, tokenizer=self._tokenizer_changes())
+        if self.journal is not None:  # on rank 0
+            finish(Path(output_dir), record, self.journal.path.parent)
+        return record
 
     def _tokenizer_changes(self) -> Changes:
         if self.tokenizer is None or self.seft.ranks.rank:
@@ -127,6 +135,7 @@ class SeftCallback(JournaledRun):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._check_engine()
         self.seft.begin(state.max_steps)
         if self.handle_signals and threading.current_thread() is threading.main_thread():
             self.seft.stop_request = active_request() or watch_signals()
@@ -137,12 +146,26 @@ class SeftCallback(JournaledRun):
         if self.seft.over and state.is_world_process_zero:
             tqdm.write(f"all {state.max_steps} steps are taken: nothing is left to train")
         if state.is_world_process_zero:
+            if self.tells:
+                print(describe_targets([s.target for s in self.seft.states]), flush=True)
             self.open_journal(args)
             self.write("run", **self._run_record(args))
             names = [s.target.name for s in self.seft.states]
             numel = [s.target.numel for s in self.seft.states]
             self.topology = Topology(dict(zip(names, numel)), dict(zip(names, live)))
             self.seft.listeners += [self._journal_record, self.topology.note]
+
+    def _check_engine(self) -> None:
+        """ValueError if the Trainer trains without DeepSpeed, whatever its arguments say."""
+        attached = find_attached(self.model)
+        if attached is None or attached.engine is None:
+            cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+            why = " (accelerate launch --cpu trains without it)" if cpu else ""
+            raise ValueError(
+                f"the Trainer has made no DeepSpeed engine{why}: start the script with python, deepspeed, "
+                "torchrun, or accelerate launch --use_deepspeed, and call seft_ds.init_ranks() before "
+                "TrainingArguments"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,10 +23,6 @@ from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
 from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
 from seft_ds.distributed.collectives import ProcessRanks
-from seft_ds.report.card import write_model_card
-from seft_ds.report.facts import facts_of
-from seft_ds.report.journal import JOURNAL_NAME, read_journal
-from seft_ds.report.page import write_report
 from seft_ds.sparse.layers import has_routers
 from seft_ds.targets import Target
 from seft_ds.train.arguments import Arguments, model_dtype, parse
@@ -269,25 +265,3 @@ def fit_to_family(run: Any, model: Any) -> None:
     # Some dense models have the coefficient in their config, and TRL then looks for routers.
     if run.router_aux_loss_coef is None and not has_routers(model):
         run.router_aux_loss_coef = 0.0
-
-
-def sparsity_line(targets: list[Target]) -> str:
-    """How sparse the targets are, and what trains, in a line."""
-    live, total = sum(t.target_live for t in targets), sum(t.numel for t in targets)
-    patterns = sorted({f"{p[0]}:{p[1]}" for t in targets if (p := t.pattern)}) or ["unstructured"]
-    return (
-        f"{len(targets)} sparse weights, {', '.join(patterns)}: {live:,} of {total:,} live "
-        f"({1 - live / total:.2%} sparse)"
-    )
-
-
-def finish(output: Path, record: dict[str, Any]) -> None:
-    """Report and model card, and where everything is."""
-    report = write_report(output)
-    write_model_card(output, record, facts_of(read_journal(output / JOURNAL_NAME)))
-    print(
-        f"{record['live']:,} of {record['total']:,} target weights are live, "
-        f"{record['sparsity']:.4%} sparse, recounted from the files\n"
-        f"model:   {output}\nreport:  {report}\njournal: {output / JOURNAL_NAME}",
-        flush=True,
-    )

@@ -19,15 +19,14 @@ from seft_ds.signals import nothing_left
 from seft_ds.targets import Target
 from seft_ds.train.adapters import train_adapters
 from seft_ds.train.callback import SeftCallback
+from seft_ds.train.closing import describe_targets, finish
 from seft_ds.train.job import (
     Job,
     accept,
     check_loaded,
-    finish,
     load_model,
     make_trainer,
     read_data,
-    sparsity_line,
 )
 from seft_ds.train.opening import record_facts, run_facts
 from seft_ds.train.planning import plan_of_run, table
@@ -60,7 +59,7 @@ def train_slots(job: Job) -> None:
     callback = SeftCallback(
         journal_dir=job.output, about=run_facts(job.arguments, data.begins_with)
     )
-    callback.memory.plan = planned
+    callback.memory.plan, callback.tells = planned, False  # the job does
     trainer = make_trainer(job, model, data, callback, describe_targets(targets))
     if trainer is None:
         return
@@ -140,8 +139,3 @@ def close_finished(job: Job) -> None:
         part.unlink()
     assert job.checkpoint is not None
     finish(output, export_checkpoint(job.checkpoint, output, str(job.folder)))
-
-
-def describe_targets(targets: list[Target]) -> str:
-    slots, total = sum(t.n_slots for t in targets), sum(t.numel for t in targets)
-    return f"{sparsity_line(targets)}; {slots:,} slots train ({slots / total:.2%})"

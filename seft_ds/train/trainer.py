@@ -54,6 +54,9 @@ class SparseSFTTrainer(SFTTrainer):
                 tokenizer=self.tokenizer_changes,
             )
 
+    def create_model_card(self, *args: Any, **settings: Any) -> None:
+        """Leave out TRL's card, which it writes at each checkpoint: ours comes with the model."""
+
     def compute_loss(
         self,
         model: Any,

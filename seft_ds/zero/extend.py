@@ -80,5 +80,6 @@ def _refuse_untested(engine: Any, attached: list[AttachedTarget]) -> None:
     if dtype != expected:
         raise ValueError(
             f"the weights are {dtype}, but the DeepSpeed config trains in {expected}: load the model with "
-            'that dtype, or set "bf16": {"enabled": ...} to match'
+            f"dtype={expected}, or set bf16={dtype == torch.bfloat16} in the Trainer's arguments (in a loop "
+            'of your own "bf16": {"enabled": ...} in the config)'
         )

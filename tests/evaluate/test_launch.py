@@ -67,6 +67,8 @@ def test_one_and_two_ranks_write_the_same_figure(inputs, tmp_path):
         result = launch(launcher, *usual, "--output_path", output)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("perplexity ") == 1
+        said = result.stdout + result.stderr
+        assert "\r" not in said and "Loading weights" not in said and "it/s]" not in said, said
         figures.append(json.loads(output.read_text())["perplexity"])
     assert figures[0]["predictions"] == figures[1]["predictions"] == 7 * 15
     assert figures[0]["perplexity"] == pytest.approx(figures[1]["perplexity"], rel=1e-9)

@@ -236,7 +236,7 @@ SPARSITY = {
     "total": 24,
     "sparsity": 0.5,
     "method": "wanda",
-    "base_model": "org/base: v1",
+    "base_model": "org/base-v1",
     "targets": {
         "model.layers.0.mlp.up_proj.weight": {"shape": [3, 4], "live": 6},
         "model.layers.1.mlp.up_proj.weight": {"shape": [3, 4], "live": 6},
@@ -250,7 +250,8 @@ def test_model_card_has_valid_front_matter_and_the_counts(tmp_path):
     assert path == tmp_path / "README.md"
     _, front, body = path.read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "org/base: v1",
+        "base_model": "org/base-v1",
+        "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["sparse", "seft"],
@@ -260,6 +261,14 @@ def test_model_card_has_valid_front_matter_and_the_counts(tmp_path):
     assert "16 evolution events" in body
     assert "| perplexity | 19 (step 10) | 16 (step 40) |" in body
     assert "Fine-tuning" not in model_card(SPARSITY, None, "x")
+    more = {
+        "base_model": "pruned",
+        "license": {"license": "apache-2.0"},
+        "pruning": {"method": "wanda"},
+    }
+    text = model_card(SPARSITY | more, None, "x")
+    assert "base_model" not in text and "of `pruned`" in text, "a folder is no name on a hub"
+    assert 'license: "apache-2.0"' in text and "## Pruning\n\nmethod wanda." in text
 
 
 def test_model_card_has_what_was_measured_of_the_model(tmp_path):
@@ -270,16 +279,22 @@ def test_model_card_has_what_was_measured_of_the_model(tmp_path):
             "results": {
                 "arc_easy": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.01},
                 "gsm8k": {"exact_match,strict-match": 0.5, "sample_len": 10},
-            }
+            },
+            "n-samples": {"arc_easy": {"original": 2376, "effective": 6}},
         },
     }
-    path = write_model_card(tmp_path, SPARSITY, None, [results, {"tasks": [1], "perplexity": None}])
+    old = {"perplexity": {"text_file": "held|out.txt", "perplexity": 137.19}}
+    results["perplexity"] |= {"windows": 40, "window_tokens": 512}
+    old["perplexity"] |= {"windows": 40, "window_tokens": 512}
+    nothing = {"tasks": [1], "perplexity": None}
+    path = write_model_card(tmp_path, SPARSITY, None, [results, nothing], [old])
     _, front, body = path.read_text().split("---\n", 2)
-    assert "| held\\|out.txt | perplexity | 40.53 |" in body
-    assert "| arc_easy | acc | 0.25 |" in body and "stderr" not in body
-    assert "| gsm8k | exact_match (strict-match) | 0.5 |" in body and "sample_len" not in body
+    assert "| held\\|out.txt | perplexity | 137.2 | 40.53 | 40 windows of 512 tokens |" in body
+    assert "| arc_easy | acc |  | 0.25 ± 0.01 | the first 6 of 2,376 documents |" in body
+    assert "| gsm8k | exact_match (strict-match) |  | 0.5 |" in body and "sample_len" not in body
     index = yaml.safe_load(front)["model-index"][0]["results"]
     assert [r["metrics"][0]["value"] for r in index] == [40.526, 0.25, 0.5]
+    assert index[1]["dataset"]["name"] == "arc_easy (the first 6 of 2,376 documents)"
 
 
 def test_the_card_script_writes_card_and_report_anew(tmp_path, capsys):

@@ -24,6 +24,10 @@ BIN = Path(sys.executable).parent
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion".split()
 
 
+# What no log of a script has: bars, and lines of libraries that say nothing to a user.
+NOISE = ("\r", "Loading weights", "it/s]", "[transformers]", "kernels-community", "FutureWarning")
+
+
 def tokenizer_into(folder: Path) -> None:
     """A word-level tokenizer of 128 entries, made here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -89,6 +93,8 @@ def finished(home: Path) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU found: running on CPU" in done.stderr or torch.cuda.is_available()
+    said = done.stdout + done.stderr
+    assert not [noise for noise in NOISE if noise in said], said
     return home / "run"
 
 
