@@ -87,21 +87,36 @@ def check_measurements(records: list[dict]) -> None:
     assert all(0 < d["rms"] <= d["largest"] for d in deltas["targets"].values())
 
 
-def without_deepspeed(folder: str) -> str:
+def without_deepspeed(folder: str) -> list[str]:
+    """What is said where the arguments name no config, and where accelerate makes no engine of it."""
+    import os
+
     from transformers import Trainer, TrainingArguments
 
+    import seft_ds
     from seft_ds import SeftCallback
 
     args = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none")
-    try:
-        Trainer(model=tiny_model("llama"), args=args, callbacks=[SeftCallback()])
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    callback = SeftCallback()
+    callback.model = seft_ds.attach(tiny_model("llama"), deepspeed_config(2))
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # as accelerate launch --cpu sets it
+    said = []
+    for attempt in (
+        lambda: Trainer(model=tiny_model("llama"), args=args, callbacks=[SeftCallback()]),
+        lambda: callback.on_train_begin(args, None, None),  # type: ignore[arg-type]
+    ):
+        try:
+            attempt()
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def test_a_trainer_without_deepspeed_is_told_so(tmp_path: Path) -> None:
-    assert "uses DeepSpeed" in run_processes(1, without_deepspeed, str(tmp_path))[0]
+    first, second = run_processes(1, without_deepspeed, str(tmp_path))[0]
+    assert "uses DeepSpeed" in first
+    assert "accelerate launch --cpu trains without it" in second and "init_ranks()" in second
 
 
 def raw_loop_mistakes() -> list[str]:
