@@ -187,9 +187,13 @@ def _target_infos(pieces: Pieces, naming: Naming) -> dict[str, TargetInfo]:
         ranges = [
             (p * target.part_numel, (p + 1) * target.part_numel) for p in range(target.n_parts)
         ]
-        touched = [mask.count(pieces.bits(i, "touched_bits", *at)) for at in ranges]
-        delta = pieces.by_slot(i, "delta", 0, target.n_slots)
-        idle = never_moved(delta, target.slots_by_part, touched)
+        idle = [
+            False
+        ] * target.n_parts  # a checkpoint with base copies doesn't say what was touched
+        if pieces.meta.base == "reference":
+            touched = [mask.count(pieces.bits(i, "touched_bits", *at)) for at in ranges]
+            delta = pieces.by_slot(i, "delta", 0, target.n_slots)
+            idle = never_moved(delta, target.slots_by_part, touched)
         parts = [
             TargetInfo(
                 target.pattern_text,
