@@ -36,6 +36,9 @@ _SECTIONS = (
 _TRAINABLE = "live|rank=[1-9][0-9]{0,8}"
 
 
+WITH_DENSE_MODEL: dict[str, Any] = {"scope": "global", "drop_fraction": 0.0, "window": 10}
+
+
 class SeftConfig(BaseModel):
     """Settings of sparsity evolution fine-tuning. What each means: docs/configuration.md."""
 
@@ -130,7 +133,7 @@ class SeftConfig(BaseModel):
         """With the dense model at hand, budgets move between weights, and slots stay where they are: what
         measured best (docs/results.md)."""
         if isinstance(given, dict) and given.get("dense_model") is not None:
-            return {"scope": "global", "drop_fraction": 0.0, "window": 10, **given}
+            return {**WITH_DENSE_MODEL, **given}
         return given
 
     @field_validator("interval", "total_steps")

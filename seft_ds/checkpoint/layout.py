@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seft_ds.checkpoint.manifest import hash_file, read_manifest
-from seft_ds.config import SeftConfig, parse_seft
+from seft_ds.config import WITH_DENSE_MODEL, SeftConfig, parse_seft
 from seft_ds.json_file import printable, read_text, shown
 from seft_ds.optim.families import FAMILIES
 from seft_ds.sparse.shard import shard_range
@@ -206,8 +206,10 @@ class CheckpointMeta(_Plain):
 
     def _problem_of_settings(self) -> str | None:
         """`config` holds all settings; those that were not given are as they are by default."""
-        known = SeftConfig.model_fields
-        given = {k: v for k, v in self.config.items() if k not in known or v != known[k].default}
+        known = {name: field.default for name, field in SeftConfig.model_fields.items()}
+        if self.config.get("dense_model") is not None:
+            known |= WITH_DENSE_MODEL
+        given = {k: v for k, v in self.config.items() if k not in known or v != known[k]}
         try:
             parse_seft(given)
         except ValueError as error:
