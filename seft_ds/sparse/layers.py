@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from seft_ds.naming import FUSED, ROUTERS, WITH_EXPERTS, Naming, separate_experts
+from seft_ds.naming import FUSED, ROUTERS, Naming, separate_experts
 from seft_ds.sparse.experts import is_fused_experts, unsupported
 from seft_ds.targets import Target, matches
 
@@ -162,8 +162,7 @@ def as_target(layer: Layer) -> Target:
 
 
 _OTHER_EXPERTS = (
-    "experts stacked in one tensor in a way that was not tried; wanted model_type "
-    f"{', '.join(WITH_EXPERTS)}"
+    "experts stacked in one tensor in a way that was not tried (docs/families.md lists what was)"
 )
 
 
@@ -237,10 +236,7 @@ def _problem_of_linear(name: str, module: nn.Module) -> str | None:
 def _problem_of_experts(module: nn.Module, naming: Naming) -> str | None:
     problem = unsupported(module)
     if problem is None and not naming.matrices:
-        problem = (
-            "experts of a family whose files were not tried; wanted model_type "
-            f"{', '.join(WITH_EXPERTS)}"
-        )
+        problem = "experts of a family that was not tried (docs/families.md lists those that were)"
     return problem
 
 
