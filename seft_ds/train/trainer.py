@@ -85,7 +85,11 @@ class SparseSFTTrainer(SFTTrainer):
         return loss
 
     def _both_losses(self, model: Any, ids: torch.Tensor) -> tuple[float, float]:
-        """The model's own loss on a few tokens, and what TRL takes for it. A collective under ZeRO-3."""
+        """The model's own loss on a few tokens, and what TRL takes for it. A collective under ZeRO-3.
+
+        Raises:
+            ValueError: TRL can't compute it, the same on every rank.
+        """
         ids, was_training = ids[:1, :_COMPARED_TOKENS], model.training
         if ids.shape[1] == 1:
             ids = ids.repeat(1, 2)
@@ -93,7 +97,14 @@ class SparseSFTTrainer(SFTTrainer):
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
-            found = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs
+            try:
+                fused = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                kind = type(self.model).__name__
+                raise ValueError(
+                    f"TRL can't compute the loss of {kind} ({error}); this family can't be trained"
+                ) from error
+        found = fused.log_probs
         model.train(was_training)
         return float(own), -float(found.float().sum()) / (ids.shape[1] - 1)
 
