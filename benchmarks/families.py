@@ -1,7 +1,7 @@
 """Which families of models can be pruned and repaired: a tiny random model of each goes all the way.
 
     python benchmarks/families.py                 # all of them, 10 to 20 minutes; writes the page
-    python benchmarks/families.py falcon gpt2     # some, printed only
+    python benchmarks/families.py falcon gpt2     # some, printed only; with --write their rows are replaced
     python benchmarks/families.py --page          # writes the page from the results that are there
 
 Each family: save_pretrained, launch/prune.py (Wanda, 60 %), launch/finetune.py (ZeRO-3, 4 steps with an
@@ -36,6 +36,11 @@ SPARSITY = 0.6
 _ENV = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 _LIMIT_S = 240
 MAGNITUDE = "use --method magnitude"
+# What a refusal of the repair says -> what is tried then.
+ADVICE = {
+    "--gradient_checkpointing false": ["--gradient_checkpointing", "false"],
+    "ZeRO stage 2": ["--deepspeed", str(ROOT / "ds_configs/zero2.json")],
+}
 
 
 @dataclass
@@ -123,19 +128,24 @@ def sequences(folder: Path) -> Any:
     return draw(tokenizer, read_texts(str(folder / "calibration.txt")), 8, 32, 0)
 
 
-def repair(folder: Path, source: str, output: str) -> None:
-    """A pruned folder -> a repaired one, checked."""
+def repair(folder: Path, row: Row) -> None:
+    """pruned -> repaired, checked. What a refusal advises is done, and goes into the row."""
+    source, output = "pruned", "repaired"
     argv = ["--model_name_or_path", source, "--train_file", "train.txt", "--output_dir", output]
     argv += ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--max_length", "32"]
     argv += ["--per_device_train_batch_size", "2", "--max_steps", "4", "--learning_rate", "1e-2"]
     argv += ["--logging_steps", "1", "--seft.interval", "2", "--seft.window", "1"]
     argv += ["--seft.density", "0.05", "--seft.waves", "false"]
-    try:
-        run_script("finetune", argv, folder)
-    except Ended as refusal:  # what it advises is done
-        if "--gradient_checkpointing false" not in refusal.args[1]:
-            raise
-        run_script("finetune", [*argv, "--gradient_checkpointing", "false"], folder)
+    for _ in range(len(ADVICE) + 1):
+        try:
+            run_script("finetune", argv, folder)
+            break
+        except Ended as refusal:  # what it advises is done
+            flags = next((f for said, f in ADVICE.items() if said in refusal.args[1]), None)
+            if flags is None or flags[1] in argv:
+                raise
+            argv += flags  # the last of two equal flags counts
+            row.note, row.flags = refusal.args[1], f"{row.flags} {' '.join(flags)}".strip()
     pruned, repaired = folder / source, folder / output
     must_hold("finetune", checks.folder_problems(pruned, repaired, values_stay=False))
     must_hold("finetune", checks.repair_problems(pruned, repaired))
@@ -158,7 +168,7 @@ def try_family(kind: str, folder: Path) -> Row:
         row.model = make_model(kind, folder / "dense")
         write_texts(folder)
         prune_as_advised(folder, row)
-        repair(folder, "pruned", "repaired")
+        repair(folder, row)
         pruned = json.loads((folder / "pruned" / "sparsity.json").read_text())
         row.tensors = len(pruned["targets"])
         row.share = pruned["total"] / block_entries(folder / "dense")
@@ -209,16 +219,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("family", nargs="*", help="model types; default: all")
     parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--write", action="store_true", help="of some families: replace their rows")
     parser.add_argument("--keep", help="a folder that keeps what was made")
     options = parser.parse_args()
     if not options.page:
         rows = try_all(options.family or families(), options.keep)
-        if options.family:
+        if options.family and not options.write:
             return any(row.result == "FAILS" for row in rows)
-        write_results(rows)
+        write_results(rows, keep_others=bool(options.family))
     from benchmarks.blocks import put_block
 
-    put_block(PAGE, "families", table(json.loads(RESULTS.read_text())))
+    put_block(PAGE, "families", table(json.loads(RESULTS.read_text(encoding="utf-8"))))
     return 0
 
 
@@ -239,18 +250,21 @@ def try_all(kinds: list[str], keep: str | None) -> list[Row]:
     return rows
 
 
-def write_results(rows: list[Row]) -> None:
-    """Keep the rows with what they depend on."""
+def write_results(rows: list[Row], keep_others: bool) -> None:
+    """Keep the rows with what they depend on; `keep_others`: those of other families stay as they are."""
     from seft_ds.checkpoint.export import versions
 
+    new = {row.family: asdict(row) for row in rows}
+    old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if keep_others else []
+    new = {row["family"]: row for row in old} | new
     found = {k: v for k, v in versions().items() if k in ("torch", "transformers", "deepspeed")}
     results = {
         "command": "python benchmarks/families.py",
         "date": datetime.date.today().isoformat(),
         "versions": found,
-        "rows": [asdict(row) for row in rows],
+        "rows": [new[kind] for kind in families() if kind in new],
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
