@@ -46,6 +46,11 @@ def load_causal_lm(
         if attention is not None:
             what = f"--attn_implementation {attention} is not available"
         raise ValueError(f"{what}: {error}") from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # transformers' own mistakes
+        raise ValueError(
+            f"transformers can't load {files.folder} ({type(error).__name__}: {error}); some families were "
+            "not made for ZeRO-3: try ZeRO stage 2 (ds_configs/zero2.json)"
+        ) from error
     all_or_none(ranks, lambda: check_loaded_values(model, files, ranks))
     return model
 
