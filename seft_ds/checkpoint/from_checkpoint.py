@@ -187,22 +187,27 @@ def _target_infos(pieces: Pieces, naming: Naming) -> dict[str, TargetInfo]:
         ranges = [
             (p * target.part_numel, (p + 1) * target.part_numel) for p in range(target.n_parts)
         ]
-        idle = [
-            False
-        ] * target.n_parts  # a checkpoint with base copies doesn't say what was touched
+        changed = [
+            mask.count(pieces.bits(i, "live_bits", *at) ^ pieces.bits(i, "start_bits", *at))
+            for at in ranges
+        ]
         if pieces.meta.base == "reference":
             touched = [mask.count(pieces.bits(i, "touched_bits", *at)) for at in ranges]
-            delta = pieces.by_slot(i, "delta", 0, target.n_slots)
-            idle = never_moved(delta, target.slots_by_part, touched)
+        else:  # not noted; a weight that tokens reached has slots that moved
+            touched = [n + c for n, c in zip(target.slots_by_part, changed, strict=True)]
+        delta = pieces.by_slot(i, "delta", 0, target.n_slots)
+        idle = never_moved(delta, target.slots_by_part, touched)
         parts = [
             TargetInfo(
                 target.pattern_text,
                 wanted if adapt else None,
-                mask.count(pieces.bits(i, "live_bits", *at) ^ pieces.bits(i, "start_bits", *at)),
+                moved,
                 partial(pieces.bits, i, "live_bits", *at),  # read again, rather than kept
                 off,
             )
-            for at, wanted, off in zip(ranges, target.live_by_part, idle, strict=True)
+            for at, wanted, moved, off in zip(
+                ranges, target.live_by_part, changed, idle, strict=True
+            )
         ]
         infos |= target_infos(naming, target, parts)
     return infos
