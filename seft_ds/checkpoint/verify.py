@@ -221,7 +221,9 @@ def _check_entries(path: Path, entries: dict[str, Any], wanted: dict[str, Any]) 
         if not is_name(name):
             raise ValueError(f"{path}: {shown(name)} is no name of a tensor; the file is damaged")
         for key, types in wanted.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
+            if not isinstance(entry, dict) or key not in entry:
+                raise ValueError(f"{path}: {name} has no {key}; the file is damaged")
+            value = entry[key]
             if not isinstance(value, types) or isinstance(value, bool) or _absurd(value):
                 raise ValueError(f"{path}: {key} of {name} is {shown(value)}; the file is damaged")
         shape = entry["shape"]

@@ -194,6 +194,8 @@ def _spoil(directory: Path, how: str) -> Path:
         record.write_bytes(b"\xff\xfe\x00")
     elif how == "live is text":
         _edit_record(directory, lambda r: r["targets"][NM].update(live="many"))
+    elif how == "no target_live":
+        _edit_record(directory, lambda r: r["targets"][NM].pop("target_live"))
     elif how == "target is null":
         _edit_record(directory, lambda r: r["targets"].update({NM: None}))
     else:
@@ -212,6 +214,7 @@ def _spoil(directory: Path, how: str) -> Path:
         "binary record",
         "live is text",
         "target is null",
+        "no target_live",
     ],
 )
 def test_bad_input_is_one_error_line_and_status_two(model_dir, capsys, how):
