@@ -79,15 +79,6 @@ def check(options: EvaluateArguments) -> Path:
     return model_folder(options.model_name_or_path)
 
 
-def check_length(wanted_tokens: int, model: Any) -> None:
-    """Raises ValueError if the model cannot take sequences of `wanted_tokens`."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and wanted_tokens > longest:
-        raise ValueError(
-            f"got --max_length {wanted_tokens}, but the model takes {longest} tokens; give that or less"
-        )
-
-
 def task_names(tasks: str) -> list[str]:
     """The names in a comma-separated list."""
     return [name.strip() for name in tasks.split(",") if name.strip()]
@@ -112,6 +103,7 @@ def evaluate(options: EvaluateArguments) -> None:
     from seft_ds.distributed.collectives import close_ranks, init_ranks
     from seft_ds.distributed.liveness import watch_peers
     from seft_ds.evaluate.perplexity import write_json
+    from seft_ds.prune.limits import check_positions
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ranks = init_ranks()
@@ -125,7 +117,7 @@ def evaluate(options: EvaluateArguments) -> None:
     named = torch_dtype(options.dtype)
     model = load_causal_lm(files, files.dtype if isinstance(named, str) else named, ranks)
     model = model.to(device).eval()
-    check_length(options.max_length, model)
+    check_positions(options.max_length, model.config, "the model")
     dtype = str(model.dtype).removeprefix("torch.")
     results: dict[str, Any] = {"model": options.model_name_or_path, "dtype": dtype}
     results["begins_with"] = in_words(tokenizer, options.add_bos_token)
@@ -148,6 +140,7 @@ def on_text(options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any) 
     """Perplexity on the text file; rank 0 prints it."""
     from seft_ds.beginning import beginning_of, described
     from seft_ds.evaluate import perplexity
+    from seft_ds.prune.limits import check_ids, embedding_rows
 
     assert options.text_file is not None
     start = time.monotonic()
@@ -156,6 +149,8 @@ def on_text(options: EvaluateArguments, model: Any, tokenizer: Any, ranks: Any) 
     windows = perplexity.windows_of(
         tokenizer, text, options.max_length, options.max_windows, add_bos_token=added
     )
+    ids = windows.unique().tolist()
+    check_ids(ids, embedding_rows(model), tokenizer, options.text_file)
     begin_tokens = len(beginning_of(tokenizer)) if added else 0
     measured = perplexity.measure(
         model, windows, ranks, begin_tokens=begin_tokens, progress=ranks.rank == 0

@@ -185,7 +185,7 @@ def check_calibration(options: PruneArguments) -> None:
 
 
 def calibration(
-    options: PruneArguments, folder: Path, longest_tokens: int
+    options: PruneArguments, folder: Path, model: Any
 ) -> tuple[torch.Tensor, str | None]:
     """int64 (samples, max_length): the calibration sequences, the same on every rank; what they begin with.
 
@@ -195,12 +195,9 @@ def calibration(
 
     from seft_ds.beginning import described, in_words
     from seft_ds.prune.calibrate import dataset_texts, default_texts, read_texts, sequences
+    from seft_ds.prune.limits import check_ids, check_positions, embedding_rows
 
-    if options.max_length > longest_tokens:
-        raise ValueError(
-            f"got --max_length {options.max_length}, but the model takes {longest_tokens} tokens; "
-            "give that or less"
-        )
+    check_positions(options.max_length, model.config, "the model")
     built_in = False
     if options.calibration_file is not None:
         texts: Sequence[str] = read_texts(options.calibration_file)
@@ -220,6 +217,7 @@ def calibration(
         fewer=built_in,
         add_bos_token=added,
     )
+    check_ids(found.unique().tolist(), embedding_rows(model), tokenizer, "the calibration text")
     begins = described(tokenizer, added, "sequence")
     if begins and not built_in:
         say(f"calibrating with {len(found)} sequences of {options.max_length} tokens{begins}")
@@ -297,8 +295,7 @@ def prepare(
     tell_what_stays_dense(blocks)
     sequences = begins_with = None
     if recipe.needs_text and not options.dry_run:
-        longest = int(getattr(model.config, "max_position_embeddings", None) or options.max_length)
-        sequences, begins_with = calibration(options, folder, longest)
+        sequences, begins_with = calibration(options, folder, model)
     return Prepared(model, files, dtype, sequences, begins_with)
 
 

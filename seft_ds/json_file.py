@@ -41,7 +41,11 @@ def read_object(
 
 
 def read_text(path: Path, limit_bytes: int = _LIMIT_BYTES) -> str:
-    """A small text file in UTF-8. ValueError, naming it, if it is anything else, a pipe or a device say."""
+    """A small text file in UTF-8, without its byte order mark.
+
+    Raises:
+        ValueError: naming it: it is anything else, a pipe or a device say.
+    """
     if not os.path.isfile(
         path
     ):  # unlike Path.is_file, also False for names too long for the system
@@ -51,7 +55,7 @@ def read_text(path: Path, limit_bytes: int = _LIMIT_BYTES) -> str:
             size = os.fstat(file.fileno()).st_size
             if size > limit_bytes:
                 raise ValueError(f"{path} has {size} bytes: more than {limit_bytes} can't be meant")
-            return file.read(limit_bytes).decode("utf-8")
+            return file.read(limit_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error})") from None
     except OSError as error:

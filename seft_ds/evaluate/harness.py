@@ -27,6 +27,7 @@ from seft_ds.bars import SECONDS, BarsAsLines
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate.lockstep import Lockstep
+from seft_ds.prune.limits import check_ids, embedding_rows
 
 _SEED = 1234  # as lm-eval has it
 
@@ -78,6 +79,21 @@ class SharedModel(HFLM):
         self.ranks, self.sharded, self.progress = ranks, sharded, progress
         if device is not None:  # of an offloaded model the parameters say where they wait
             self._device = device
+
+    def tok_encode(self, string: Any, *args: Any, **settings: Any) -> Any:
+        ids = super().tok_encode(string, *args, **settings)
+        flat = ids if not ids or isinstance(ids[0], int) else [i for row in ids for i in row]
+        self._check_ids(flat)
+        return ids
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **settings: Any) -> Any:
+        ids, mask = super().tok_batch_encode(strings, *args, **settings)
+        self._check_ids(ids.unique().tolist())
+        return ids, mask
+
+    def _check_ids(self, ids: list[int]) -> None:
+        """On a GPU a token without an embedding would end the process without a word of which it was."""
+        check_ids(ids, embedding_rows(self.model), self.tokenizer, "a request of a task")
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
         return self._together(super().loglikelihood, requests, disable_tqdm)

@@ -23,7 +23,7 @@ from seft_ds.bars import with_progress
 from seft_ds.beginning import beginning_of, cut, without
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate.lockstep import Lockstep
-from seft_ds.prune.calibrate import check_text_file, open_text, read_texts, text_kind
+from seft_ds.prune.calibrate import check_text_file, read_texts, text_kind, whole_text
 
 _ROWS = 256  # predictions whose fp32 logits are held at a time
 
@@ -52,8 +52,7 @@ def read_text(path: str | Path) -> str:
     check_text_file(path)
     if text_kind(path) != ".txt":
         return "\n\n".join(read_texts(path))
-    with open_text(path) as file:
-        text = file.read()
+    text = whole_text(path)
     if not text.strip():
         raise ValueError(f"{path} holds no text; give a file with text")
     return text

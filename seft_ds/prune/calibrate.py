@@ -8,8 +8,11 @@ gives the same sequences on every rank. Each sequence begins with what the token
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,16 +35,16 @@ def read_texts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     check_text_file(path)
-    with open_text(path) as file:
-        if text_kind(path) == ".txt":
-            texts = [line.strip() for line in file]
-        elif text_kind(path) == ".jsonl":
-            lines = (line for line in file if line.strip())
-            texts = [_text_of(_parsed(line, path, i), path, i) for i, line in enumerate(lines)]
-        else:
-            rows = _parsed(file.read(), path, 0)
-            rows = rows if isinstance(rows, list) else [rows]
-            texts = [_text_of(row, path, i) for i, row in enumerate(rows)]
+    text = whole_text(path)
+    if text_kind(path) == ".txt":
+        texts = [line.strip() for line in io.StringIO(text)]
+    elif text_kind(path) == ".jsonl":
+        lines = (line for line in io.StringIO(text) if line.strip())
+        texts = [_text_of(_parsed(line, path, i), path, i) for i, line in enumerate(lines)]
+    else:
+        rows = _parsed(text, path, 0)
+        rows = rows if isinstance(rows, list) else [rows]
+        texts = [_text_of(row, path, i) for i, row in enumerate(rows)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path} holds no text; give a file with at least one non-empty row")
@@ -68,9 +71,34 @@ def text_kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def open_text(path: Path) -> Any:
-    """The file open for reading text, unzipped where it is gzipped."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
+def whole_text(path: Path) -> str:
+    """What a file holds, unzipped where it is gzipped, without a byte order mark.
+
+    Raises:
+        ValueError: it can't be read, or is not text in UTF-8.
+    """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            check_encoding(file.read(4), path)
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"can't read {path}: {error}") from None
+
+
+def check_encoding(head: bytes, path: str | Path) -> None:
+    """ValueError if the first bytes of a file are the mark of UTF-16 or UTF-32, naming the encoding."""
+    marks = {codecs.BOM_UTF32_LE: 32, codecs.BOM_UTF32_BE: 32}
+    marks |= {codecs.BOM_UTF16_LE: 16, codecs.BOM_UTF16_BE: 16}
+    bits = next((bits for mark, bits in marks.items() if head.startswith(mark)), None)
+    if bits is not None:
+        raise ValueError(
+            f"{path} is text in UTF-{bits}, as its first bytes say; wanted UTF-8: "
+            f"iconv -f UTF-{bits} -t UTF-8 {path} > NEW"
+        )
 
 
 def _parsed(text: str, path: Path, row: int) -> Any:

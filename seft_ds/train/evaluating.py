@@ -18,6 +18,7 @@ from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import Ranks
 from seft_ds.evaluate import perplexity
 from seft_ds.prune.calibrate import check_text_file
+from seft_ds.prune.limits import check_ids, embedding_rows
 
 _SOURCES = (
     "validation_file", "dataset_test_split", "val_set_size", "eval_tasks", "eval_text_file",
@@ -78,6 +79,12 @@ class Measurement:
     add_bos_token: bool = True
     begin_tokens: int = 0  # what each window begins with, before its text
     begins: str = ""  # the same in words
+
+    def check_ids(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        """ValueError for a token of the text that the model has no embedding for."""
+        if self.windows is not None:
+            ids, rows = self.windows.unique().tolist(), embedding_rows(model)
+            check_ids(ids, rows, tokenizer, "--eval_text_file")
 
     def describe(self) -> str:
         parts = []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -23,19 +24,23 @@ from seft_ds.config import check_batch_sizes
 from seft_ds.console import model_folder
 from seft_ds.distributed.agreement import agree, all_or_none, file_facts, folder_facts
 from seft_ds.distributed.collectives import ProcessRanks
+from seft_ds.prune.limits import check_positions
 from seft_ds.sparse.layers import has_routers
 from seft_ds.targets import Target
 from seft_ds.train.arguments import Arguments, model_dtype, parse
+from seft_ds.train.chat_template import load_tokenizer, template_of
 from seft_ds.train.distill import check_teacher, load_teacher
 from seft_ds.train.evaluating import Measurement, prepare_measurement
+from seft_ds.train.forms import Rows
 from seft_ds.train.journaling import JournaledRun
 from seft_ds.train.opening import OpenRun, check_output, goes_on, resolved, take_own
 from seft_ds.train.progress import Progress
 from seft_ds.train.resume import check_batch, find_checkpoint
 from seft_ds.train.rows import check_length
 from seft_ds.train.run_dir import RunLock
+from seft_ds.train.same_run import RunFacts, check_data, check_settings, settings_of
 from seft_ds.train.sample import check_template, describe_sample
-from seft_ds.train.sources import Rows, read_sources
+from seft_ds.train.sources import read_sources
 from seft_ds.train.template import changes_from, use_template
 from seft_ds.train.trainer import SparseSFTTrainer
 
@@ -52,6 +57,7 @@ class Job:
     checkpoint: Path | None  # that it goes on from
     lock: RunLock
     teacher: ModelFiles | None = None  # of the dense model, for distillation
+    settings: dict[str, Any] = field(default_factory=dict)  # that decide about its steps
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +98,8 @@ def accept(argv: list[str], ranks: ProcessRanks) -> Job:
     dense = (arguments.deepspeed.get("seft") or {}).get("dense_model")
     if dense is not None:
         dense = all_or_none(ranks, partial(dense_folder, dense))
+    for name in filter(None, (folder, teacher)):
+        all_or_none(ranks, partial(check_model_length, run.max_length, name))
     check_agreement(arguments, [f for f in (folder, teacher, dense) if f is not None], ranks)
     files = all_or_none(ranks, partial(open_model_files, folder))
     of_teacher = None
@@ -102,10 +110,12 @@ def accept(argv: list[str], ranks: ProcessRanks) -> Job:
     all_or_none(ranks, lambda: take_own(output, arguments, lock, ranks))
     checkpoint = find_checkpoint(run.resume, output, ranks)
     all_or_none(ranks, lambda: check_output(output, arguments, folder, checkpoint))
+    settings = settings_of(resolved(arguments), teacher)
     if checkpoint is not None:
         rows = run.per_device_train_batch_size * run.gradient_accumulation_steps * ranks.size
         all_or_none(ranks, lambda: check_batch(checkpoint, rows))
-    job = Job(arguments, ranks, folder, files, output, checkpoint, lock, of_teacher)
+        all_or_none(ranks, lambda: check_settings(checkpoint, settings))
+    job = Job(arguments, ranks, folder, files, output, checkpoint, lock, of_teacher, settings)
     notes = [f"warning: {line}" for f in (files, of_teacher) if f is not None for line in f.notes()]
     if notes:
         job.say(*notes)
@@ -123,6 +133,15 @@ def dense_folder(name: str) -> Path:
             f"--seft.dense_model {name}: no such folder; give the folder of the model before it was pruned"
         )
     return model_folder(name)
+
+
+def check_model_length(length_tokens: int | None, folder: Path) -> None:
+    """ValueError if the model in a folder can't take rows of --max_length tokens."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # what is wrong with it is told when the model is loaded
+        return
+    check_positions(length_tokens, config, str(folder))
 
 
 def check_agreement(arguments: Arguments, folders: list[Path], ranks: ProcessRanks) -> None:
@@ -179,18 +198,37 @@ def check_loaded(targets: list[Target], files: ModelFiles) -> None:
 
 
 def read_data(job: Job) -> Data:
-    """Training and evaluation rows; rank 0 of each machine reads first, the others find its cache.
+    """Training and evaluation rows; the first rank of each machine reads first, the others find its cache.
 
     Raises:
         ValueError: a source can't be read or has no rows of a known form, or the tokenizer can't write them.
     """
-    arguments = job.arguments
-    with arguments.run.main_process_first(desc="reading the data"):
-        rows, held_out = read_sources(arguments.data, arguments.run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(job.folder, trust_remote_code=False)
-    all_or_none(job.ranks, lambda: use_template(tokenizer, arguments.run))
-    check_template(rows, tokenizer, arguments.run)
-    check_length(arguments.run, tokenizer)
+    arguments, run = job.arguments, job.arguments.run
+    tokenizer = all_or_none(job.ranks, lambda: load_tokenizer(job.folder))
+    all_or_none(job.ranks, lambda: use_template(tokenizer, run))
+    template = all_or_none(job.ranks, lambda: template_of(tokenizer, run.assistant_only_loss))
+    check_length(run, tokenizer)
+
+    lines: list[str] = []
+
+    def read() -> tuple[Rows, Rows | None]:
+        lines.clear()
+        rows, held_out = read_sources(arguments.data, run.seed, template, lines.append)
+        check_template(rows, tokenizer, run)
+        return rows, held_out
+
+    def read_early() -> tuple[Rows, Rows | None] | None:
+        with suppress(ValueError):  # all ranks will meet it below
+            return read()
+        return None
+
+    here_first = run.local_process_index == 0
+    early = all_or_none(job.ranks, lambda: read_early() if here_first else None)
+    try:
+        rows, held_out = all_or_none(job.ranks, lambda: early or read())
+    finally:
+        if lines:
+            job.say(*lines)
     measurement = prepare_measurement(arguments.evaluation, arguments.run, tokenizer, job.ranks)
     begins_with = in_words(tokenizer, arguments.run.add_bos_token)
     return Data(rows, held_out, tokenizer, measurement, begins_with)
@@ -228,6 +266,7 @@ def make_trainer(
         eval_dataset=data.held_out,
         processing_class=data.tokenizer,
         callbacks=[opening, callback],
+        say=job.say,
     )
     run.eval_strategy, run.chat_template_path = strategy, template
     trainer.tokenizer_changes = changes_from(job.folder, data.tokenizer)
@@ -238,8 +277,14 @@ def make_trainer(
     trainer.seft_source = str(job.folder)
     trainer.measurement = data.measurement
     opening.trainer = trainer
+    facts = RunFacts(job.settings, trainer.train_dataset, job.arguments.data)
+    if job.checkpoint is not None:
+        found = partial(check_data, job.checkpoint, facts)
+        all_or_none(job.ranks, lambda: found() if job.ranks.rank == 0 else None)
+    trainer.write_facts = facts.write
     job.say(about, all_or_none(job.ranks, lambda: describe_sample(trainer)))
     if data.measurement is not None:
+        data.measurement.check_ids(trainer.model, data.tokenizer)
         job.say(data.measurement.describe())
     if run.dry_run:
         shutil.rmtree(str(run.output_dir), ignore_errors=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from seft_ds.train.forms import CHATS, Rows
 from seft_ds.train.rows import describe_beginning
-from seft_ds.train.sources import Rows
 
 OPEN, CLOSE = "⟦", "⟧"
 _SHOWN = 240  # characters of a stretch that counts, or doesn't
@@ -15,8 +15,8 @@ _SHOWN = 240  # characters of a stretch that counts, or doesn't
 def check_template(rows: Rows, tokenizer: Any, run: Any) -> None:
     """ValueError for messages that no chat template writes as text, before the model is loaded."""
     row = next(iter(rows))
-    chats = [name for name, value in row.items() if isinstance(value, list)]
-    if chats and not (tokenizer.chat_template or run.chat_template_path):
+    chats = [name for name, value in row.items() if name in CHATS and isinstance(value, list)]
+    if chats and not tokenizer.chat_template:
         raise ValueError(
             f"the rows have {' and '.join(chats)} of messages, and the model's tokenizer has no chat "
             "template: give --chat_template_path (a .jinja file, or the folder of a model that has one), or "

@@ -11,13 +11,13 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, TypeAlias
+from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
+from seft_ds.train.chat_template import Template
 from seft_ds.train.data import forms_of, load_rows
-
-Rows: TypeAlias = Dataset | IterableDataset
+from seft_ds.train.forms import Rows, Say
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def check_sources(values: dict[str, Any]) -> None:
     for flag in ("max_train_samples", "max_eval_samples"):
         if values[flag] is not None and values[flag] < 1:
             raise ValueError(f"--{flag} {values[flag]}: wanted 1 or more")
+    length = values.get("max_length")
+    if length is not None and length < 2:
+        raise ValueError(
+            f"--max_length {length}: a row of one token has nothing to predict; wanted 2 or more"
+        )
     if values["streaming"] and values["max_steps"] < 1:
         raise ValueError(
             "--streaming reads rows while training, so nobody knows how many there are: give --max_steps"
@@ -94,12 +99,16 @@ def _check_held_out(values: dict[str, Any], names: list[str]) -> None:
         )
 
 
-def read_sources(data: Any, seed: int) -> tuple[Rows, Rows | None]:
+def read_sources(
+    data: Any, seed: int, template: Template | None = None, say: Say = lambda line: None
+) -> tuple[Rows, Rows | None]:
     """The rows to train on and those held out, each in one of the known forms.
 
     Args:
         data: DataArguments that `check_sources` has passed.
         seed: of the mixture and of the choice of the held-out rows.
+        template: that writes messages; None: they are not tried.
+        say: told what is left out of each source.
 
     Raises:
         ValueError: naming the source that can't be read, or has no rows of a known form.
@@ -116,6 +125,8 @@ def read_sources(data: Any, seed: int) -> tuple[Rows, Rows | None]:
             split,
             streaming=data.streaming,
             renames=renames,
+            template=template,
+            say=say,
         )
 
     parts = [read(s, data.dataset_train_split if s.name else "train") for s in sources]

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from seft_ds.checkpoint.together import write_together
 from seft_ds.checkpoint.tokenizer_files import Changes, save_changes
 from seft_ds.distributed.agreement import all_or_none
 from seft_ds.distributed.collectives import ProcessRanks
+from seft_ds.prune.limits import check_ids, embedding_rows
 from seft_ds.train.distill import token_losses
 from seft_ds.train.evaluating import Measurement
+from seft_ds.train.forms import Say
+from seft_ds.train.prepared import Cut, looked_at
 from seft_ds.train.rows import cut_rows, cuts
+from seft_ds.train.same_run import NAME as FACTS_NAME
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
 _COMPARED_TOKENS = 64
@@ -41,8 +46,29 @@ class SparseSFTTrainer(SFTTrainer):
     control: Any
     teacher: Any = None  # the dense model, for distillation
     distill_weight = 0.0
+    write_facts: Callable[[Path], None] | None = None  # what the run trains with, into a file
     _aside: Path | None = None  # where a checkpoint is being written
     _loss_is_compared = False
+
+    def __init__(self, *args: Any, say: Say = lambda line: None, **kwargs: Any):
+        """say: told which rows are left out and cut short."""
+        self._say, self._embedded = say, kwargs["model"]  # TRL may resize its embedding
+        super().__init__(*args, **kwargs)
+        if self._pads():
+            check_ids(
+                [self._tokenizer.pad_token_id],
+                embedding_rows(self._embedded),
+                self._tokenizer,
+                "padding of rows",
+                "give another --pad_token",
+            )
+
+    def _pads(self) -> bool:
+        """Whether rows of a batch are filled up to the length of the longest."""
+        sizes = [self.args.per_device_train_batch_size]
+        if self.eval_dataset is not None:
+            sizes.append(self.args.per_device_eval_batch_size)
+        return not self.padding_free and (max(sizes) > 1 or bool(self.args.pad_to_multiple_of))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the sparse model. Inside a checkpoint the weights are in the engine's own files."""
@@ -148,15 +174,23 @@ class SparseSFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
-        """Rows of tokens as TRL makes them, but those from the middle of a text begin as their text did."""
-        asked = copy.copy(args)
-        asked.packing = packing  # evaluation rows may be packed otherwise than training rows
-        beginning = beginning_of(processing_class) if args.add_bos_token and cuts(asked) else []
-        if not beginning:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        """Rows of tokens as TRL makes them, in two steps: whole, of which some are left out with a word; then
+        cut and packed, those from the middle of a text beginning as their text did.
+        """
+        if args.completion_only_loss is None:  # TRL asks the training rows only
+            self.completion_only_loss = {"prompt", "completion"} <= set(next(iter(dataset)))
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, whole, False, *rest)
+        asked = copy.copy(args)
+        asked.packing = packing  # evaluation rows may be packed otherwise than training rows
+        beginning = beginning_of(processing_class) if args.add_bos_token and cuts(asked) else []
+        known, cut = embedding_rows(self._embedded), Cut.of(asked, len(beginning))
+        what = "training" if rest[-1] == "train" else "evaluation"
+        rows = looked_at(rows, cut, known, self._tokenizer, what, self._say)
+        rows = rows.select_columns(["input_ids", "labels"])
+        if not beginning:
+            return super()._prepare_dataset(rows, processing_class, args, packing, *rest)
         with global_then_local_main_first():  # the first rank cuts, the others find its cache
             settings = {"num_proc": args.dataset_num_proc} if hasattr(rows, "num_rows") else {}
             return cut_rows(rows, asked, beginning, settings)
@@ -229,6 +263,8 @@ class SparseSFTTrainer(SFTTrainer):
             json.dumps({"sum": float(self._tr_loss), "since": self._globalstep_last_logged}),
             encoding="utf-8",
         )
+        if rank == 0 and self.write_facts is not None:
+            self.write_facts(aside / folder / FACTS_NAME)
         random = "rng_state.pth" if world <= 1 else f"rng_state_{rank}.pth"
         paths = [loss, aside / folder / random]
         return {f"{folder}/{path.name}": hash_file(path) for path in paths}

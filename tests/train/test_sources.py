@@ -104,7 +104,7 @@ def test_a_late_row_of_a_stream_without_an_answer(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *[whole] * 150, whole | {"completion": None})
     data = DataArguments(train_file=[str(path)], streaming=True)
     rows, _ = read_sources(data, seed=0)
-    with pytest.raises(Exception, match="a row has no completion"):
+    with pytest.raises(ValueError, match="a.jsonl, row 151 .counted from 1.: it has no completion"):
         list(rows)
 
 
@@ -122,6 +122,7 @@ def test_a_late_row_of_a_stream_without_an_answer(tmp_path: Path) -> None:
         ({"dataset_config": "main"}, "of one dataset"),
         ({"rename_columns": ["a"]}, "OLD=NEW"),
         ({"max_train_samples": 0}, "1 or more"),
+        ({"max_length": 1}, "nothing to predict"),
         ({"validation_file": "none.txt"}, "no such file"),
     ],
 )
