@@ -127,8 +127,13 @@ class SparseSFTTrainer(SFTTrainer):
                 fused = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
             except (AttributeError, IndexError, KeyError, TypeError) as error:
                 kind = type(self.model).__name__
+                advice = "this family can't be trained"
+                if (
+                    self.aux_loss_enabled
+                ):  # of all losses this is the one that TRL words for few families
+                    advice = "leave out the one of its routers with --router_aux_loss_coef 0"
                 raise ValueError(
-                    f"TRL can't compute the loss of {kind} ({error}); this family can't be trained"
+                    f"TRL can't compute the loss of {kind} ({error}); {advice}"
                 ) from error
         found = fused.log_probs
         model.train(was_training)
