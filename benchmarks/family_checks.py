@@ -97,15 +97,19 @@ def _zeros(tensors: Iterable[torch.Tensor]) -> int:
     return sum(int((t == 0).sum()) for t in tensors)
 
 
-def loss_problems(pruned: Path, repaired: Path, line: str) -> list[str]:
-    """The first step's loss against that of the pruned model on the only line there was to train on."""
+def loss_problems(pruned: Path, repaired: Path, line: str, balanced: bool) -> list[str]:
+    """The first step's loss against that of the pruned model on the only line there was to train on.
+
+    balanced: with what is added for routers that share their tokens out unevenly.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(pruned)(line + "<eos>", return_tensors="pt")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(pruned).eval()
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    wanted = float(nn.functional.cross_entropy(logits, ids[0, 1:])) + _balance(model, ids)
+    wanted = float(nn.functional.cross_entropy(logits, ids[0, 1:]))
+    wanted += _balance(model, ids) if balanced else 0.0
     journal = (repaired / "journal.jsonl").read_text().splitlines()
     steps = [r for r in map(json.loads, journal) if r["kind"] == "step"]
     if not math.isclose(steps[0]["loss"], wanted, abs_tol=_LOSS_TOLERANCE):

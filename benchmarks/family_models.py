@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def config_of(kind: str) -> Any:
     return AutoConfig.for_model(kind, **sizes)
 
 
-def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """A random dense model with a tokenizer in `folder`; the name of its class."""
+def make_model(kind: str, folder: Path) -> tuple[str, int]:
+    """A random dense model with a tokenizer in `folder`; its class, and how many entries its blocks'
+    matrices have."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(kind)).to(dtype)
+    model = AutoModelForCausalLM.from_config(config_of(kind)).float()
     with torch.no_grad():  # the usual start is so small that every token looks alike to the blocks
         for name, p in model.named_parameters():
             if p.dim() > 1:
@@ -52,7 +54,8 @@ def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> s
                 p.normal_(std=0.05)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
-    return type(model).__name__
+    matrices = (p for n, p in model.named_parameters() if p.dim() > 1 and re.search(r"\.\d+\.", n))
+    return type(model).__name__, sum(p.numel() for p in matrices)
 
 
 def _tokenizer() -> Any:
