@@ -97,6 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation_file", required=True, help="text that chooses learning rates")
     parser.add_argument("--text_file", required=True, help="text that is only measured")
     parser.add_argument("--steps", type=int, default=100, help="of each repair")
+    parser.add_argument("--rows", type=int, default=2, help="of 256 tokens in a step")
     parser.add_argument("--tune_steps", type=int, default=100, help="of each rate that is tried")
     parser.add_argument(
         "--learning_rates", type=float, nargs="+", default=[5e-3, 1e-2], help="one: none is tried"
@@ -210,7 +211,7 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def repair_grid(inputs: Path, options: argparse.Namespace, env: dict[str, str]) -> dict[str, Any]:
-    """The grid of benchmarks/repair.py: with the dense model, and slots that evolve without it."""
+    """The grid of benchmarks/repair.py: an exchange with the dense model, and fixed slots without it."""
     pruned, dense = str(inputs / "wanda-60"), str(inputs / "model")
     return {
         "models": {"wanda-60": pruned},
@@ -225,7 +226,7 @@ def repair_grid(inputs: Path, options: argparse.Namespace, env: dict[str, str]) 
         ],
         "methods": [
             {"name": "seft", "seft": {"dense_model": dense}},
-            {"name": "evolving", "method": "seft", "seft": {"prune": "curvature"}},
+            {"name": "fixed"},
         ],
         "learning_rates": options.learning_rates,
         "tune": {"steps": options.tune_steps, "seed": 0},
@@ -235,7 +236,7 @@ def repair_grid(inputs: Path, options: argparse.Namespace, env: dict[str, str]) 
         "args": {
             "gradient_checkpointing": False, "logging_steps": 5, "lr_scheduler_type": "cosine",
             "max_length": 256, "packing": True, "packing_strategy": "wrapped",
-            "per_device_train_batch_size": 2, "trainable": "rank=4", "warmup_steps": 5,
+            "per_device_train_batch_size": options.rows, "trainable": "rank=4", "warmup_steps": 5,
         },
         "env": env,
     }  # fmt: skip

@@ -110,4 +110,4 @@ def test_the_parts_of_gemma_are_joined_in_order(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(json.dumps(gemma.repair_grid(tmp_path, options, {})))
     data = repair_grid.read_grid(tmp_path / "grid.yaml")
     grid = repair_grid.build_grid(data, check_files=False)
-    assert [row.name for row in grid.rows] == ["seft", "evolving"] and grid.steps == 100
+    assert [row.name for row in grid.rows] == ["seft", "fixed"] and grid.steps == 100
