@@ -184,7 +184,7 @@ BAD = {
     "no chat template": (["--train_file", "chats.jsonl"], "has no chat template"),
     "long prompts": (
         ["--train_file", "long.jsonl", "--dry_run", "true"],
-        "nothing counts in the loss",
+        "(--max_length) counts in the loss",
     ),
     "unknown task": (["--eval_tasks", "arc_eazy"], "lm-eval knows no task arc_eazy"),
     "a run is there": (["--output_dir", "taken"], "--resume auto"),
