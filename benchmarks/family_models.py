@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-SIZES_FILE = Path(__file__).parent / "grids" / "families.yaml"
+SIZES_FILE = Path(__file__).parent / "families.yaml"
 WORDS = (
     "the quick brown fox jumps over a lazy dog while seven grey owls watch from old trees".split()
 )

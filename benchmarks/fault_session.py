@@ -129,8 +129,9 @@ def _be_rank(job: Job, rank: int, port: int) -> NoReturn:
             RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-        from seft_ds import console
+        from seft_ds import console, launching
 
+        launching._settled = None  # the parent's place is not this rank's
         status = console.run(lambda: repair(job, rank))
     except BaseException:
         traceback.print_exc()

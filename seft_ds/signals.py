@@ -127,7 +127,7 @@ class StopRequest(_Listener):
         now, name = time.monotonic(), signal.Signals(number).name
         if self.signum is None:
             self._first_s, self.signum = now, number
-            if known_place().rank == 0:  # Ctrl-C reaches all of them
+            if known_place().rank == 0 or number != signal.SIGINT:  # Ctrl-C reaches all of them
                 _say(f"{name}: stopping after this step; once more exits at once")
         elif now - self._first_s > BURST_S:
             _say(f"{name} again: exiting at once")

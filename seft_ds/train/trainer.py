@@ -92,7 +92,9 @@ class SparseSFTTrainer(SFTTrainer):
     ) -> Any:
         """TRL's loss, or its mixture with the distance from the teacher; an evaluation is without teacher."""
         if self.teacher is None or not self.model.training or return_outputs:
-            if not self._loss_is_compared:
+            # Not under ZeRO-3: a forward pass of another order leaves DeepSpeed's prefetching in flight.
+            sharded = self.model_wrapped.zero_optimization_stage() == 3
+            if not self._loss_is_compared and not sharded:
                 self._loss_is_compared = True
                 own, trls = self._both_losses(model, inputs["input_ids"])
                 all_or_none(ProcessRanks(), lambda: self._compare_losses(own, trls))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from seft_ds.baselines.methods import METHODS, fixed_settings, rank_of
 from seft_ds.config import parse_seft
@@ -59,6 +61,8 @@ def parsed(folder: Path, *flags: str, seft: dict | None = None, recipe: str = ""
 
     (folder / "text.txt").write_text("a text\n")
     (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text("{}")
+    save_file({"w": torch.ones(2)}, folder / "model" / "model.safetensors")
     (folder / "r.yaml").write_text(recipe)
     config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "seft": seft or {}}
     (folder / "ds.json").write_text(json.dumps(config))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from seft_ds import naming
 from seft_ds.checkpoint.load import check_loaded_values
 from seft_ds.checkpoint.model_files import (
     ModelFiles,
@@ -114,7 +115,8 @@ def test_a_base_models_names_lack_the_prefix_and_go_on_lacking_it(tmp_path):
     assert naming.in_files(DOWN) == DOWN.removeprefix("model.")
 
 
-def test_tensors_that_transformers_puts_together_are_copied_as_they_are(tmp_path):
+def test_tensors_that_transformers_puts_together_are_copied_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(naming._OF_MODEL_TYPE, "olmoe", naming.PLAIN)  # a family without a row
     model = made(tmp_path, "olmoe", num_experts=12, num_experts_per_tok=2)
     files, on_disk = open_model_files(tmp_path), load_file(tmp_path / "model.safetensors")
     state = model.state_dict()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from seft_ds.prune.empty import empty_model
 from tests.prune.models import WORDS, saved, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,11 +169,14 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(dense, tmp_path, capsys):
 
 def test_the_built_in_text_gives_what_it_has(dense, tmp_path, capsys):
     chosen = options(dense, tmp_path, method="wanda", calibration_samples=10**6, max_length=32)
-    found, begins_with = script.calibration(chosen, dense, longest_tokens=32)
+    model = empty_model(dense, torch.float32, torch.device("cpu"))
+    found, begins_with = script.calibration(chosen, dense, model)
     assert 1000 < len(found) < 10**6 and found.shape[1] == 32 and begins_with is None
     said = capsys.readouterr().out
     assert f"{len(found)} sequences of 32 tokens of Python's own manual, which has no more" in said
-    few, _ = script.calibration(options(dense, tmp_path, method="wanda", max_length=8), dense, 32)
+    few, _ = script.calibration(
+        options(dense, tmp_path, method="wanda", max_length=8), dense, model
+    )
     assert few.shape == (128, 8) and "no more" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="the model takes 32 tokens"):
-        script.calibration(options(dense, tmp_path, method="wanda"), dense, 32)
+        script.calibration(options(dense, tmp_path, method="wanda"), dense, model)
