@@ -7,6 +7,7 @@ mistakes in importing itself, for which some tests start the scripts as users do
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -106,6 +107,7 @@ def _child(
 ) -> None:
     """Never returns: the parent's test runner must not go on here."""
     status = 1
+    gc.freeze()  # or each collection walks over, and copies, all that the parent has imported
     try:
         for fd, log in zip((1, 2), logs, strict=True):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)

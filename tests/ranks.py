@@ -117,9 +117,11 @@ def run_processes(
 
 
 def _rank_main(rank: int, size: int, port: int, results: Any, work: Callable, args: tuple) -> None:
+    import gc
     import os
     import traceback
 
+    gc.freeze()  # or each collection walks over, and copies, all that the parent has imported
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),

@@ -17,8 +17,9 @@ import launch.verify
 from benchmarks.hostile import damage
 from benchmarks.hostile.made import NEWEST, copy
 from benchmarks.hostile.runner import Source, note
-from seft_ds.checkpoint.from_checkpoint import export_checkpoint, tensor_files
+from seft_ds.checkpoint.from_checkpoint import export_checkpoint
 from seft_ds.checkpoint.verify import verify
+from seft_ds.tensor_files import stored_tensors
 
 INDEX = "model.safetensors.index.json"
 FOLDERS = ("pruned-llama", "sharded-llama", "pruned-llama24")
@@ -125,12 +126,12 @@ def listed(home: Path, kind: str, change: Callable) -> Source:
             _, folder = taken(rng, home, place, lambda r, f: spoil_weights(r, kind, f), kind)
         else:
             _, folder = taken(rng, home, place, change, kind)
-        for name, path in tensor_files(folder).items():
+        for name, path in ((n, t.path) for n, t in stored_tensors(folder).items()):
             if path.parent != folder or path.name in ("", ".", "..") or not isinstance(name, str):
                 return f"{name} in {path}"
         return None
 
-    return Source("tensor_files", kind, attempt, NAMES)
+    return Source("stored_tensors", kind, attempt, NAMES)
 
 
 def exported_on(home: Path, kind: str, change: Callable) -> Source:

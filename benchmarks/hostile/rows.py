@@ -45,7 +45,8 @@ def data_file(home: Path, kind: str, change: Callable[[Random, Path], Any]) -> S
     def attempt(rng: Random, place: Path) -> str | None:
         import datasets
 
-        from seft_ds.train.data import FORMS, load_rows
+        from seft_ds.train.data import load_rows
+        from seft_ds.train.forms import FORMS
 
         datasets.disable_progress_bars()
         datasets.config.HF_DATASETS_CACHE = place / "cache"  # type: ignore[assignment]

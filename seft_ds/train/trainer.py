@@ -29,6 +29,7 @@ from seft_ds.train.forms import Say
 from seft_ds.train.prepared import Cut, looked_at
 from seft_ds.train.rows import cut_rows, cuts
 from seft_ds.train.same_run import NAME as FACTS_NAME
+from seft_ds.zero.shards import forget_order
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
 _COMPARED_TOKENS = 64
@@ -92,9 +93,7 @@ class SparseSFTTrainer(SFTTrainer):
     ) -> Any:
         """TRL's loss, or its mixture with the distance from the teacher; an evaluation is without teacher."""
         if self.teacher is None or not self.model.training or return_outputs:
-            # Not under ZeRO-3: a forward pass of another order leaves DeepSpeed's prefetching in flight.
-            sharded = self.model_wrapped.zero_optimization_stage() == 3
-            if not self._loss_is_compared and not sharded:
+            if not self._loss_is_compared:
                 self._loss_is_compared = True
                 own, trls = self._both_losses(model, inputs["input_ids"])
                 all_or_none(ProcessRanks(), lambda: self._compare_losses(own, trls))
@@ -122,9 +121,11 @@ class SparseSFTTrainer(SFTTrainer):
         if ids.shape[1] == 1:
             ids = ids.repeat(1, 2)
         model.eval()  # no dropout, which would also use up random numbers
+        forget_order(self.model_wrapped)
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            forget_order(self.model_wrapped)
             try:
                 fused = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
             except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -137,6 +138,7 @@ class SparseSFTTrainer(SFTTrainer):
                 raise ValueError(
                     f"TRL can't compute the loss of {kind} ({error}); {advice}"
                 ) from error
+        forget_order(self.model_wrapped)
         found = fused.log_probs
         model.train(was_training)
         return float(own), -float(found.float().sum()) / (ids.shape[1] - 1)

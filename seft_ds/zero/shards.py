@@ -2,8 +2,9 @@
 
 DeepSpeed's private names for parameters are used here and nowhere else (read in DeepSpeed 0.19.8):
 `ds_tensor` this rank's flat part, its tail padded with uninitialised memory; `ds_numel`, `ds_shape` of the
-whole; `ds_persist` kept whole on every rank between steps. Under ZeRO 0-2 a frozen weight is a full copy
-on every rank, and all ranks apply the same edits.
+whole; `ds_persist` kept whole on every rank between steps; the coordinator of `parameter_offload` gathers
+ahead in the order of the last pass. Under ZeRO 0-2 a frozen weight is a full copy on every rank, and all
+ranks apply the same edits.
 """
 
 from __future__ import annotations
@@ -91,3 +92,17 @@ def never_persist(engine: Any, params: list[nn.Parameter]) -> None:
         if id(p) in ours:
             p.ds_persist = False
             p.partition()
+
+
+def forget_order(engine: Any) -> None:
+    """Have ZeRO-3 learn anew in which order the layers come.
+
+    It gathers ahead what came next in the last pass. After a pass of another kind that may be a parameter
+    that nobody takes from it, and the run ends with "Cannot partition a param in flight".
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()

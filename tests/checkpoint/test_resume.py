@@ -92,7 +92,7 @@ def every_step(folder: str, cases: list[tuple[int, bool, str]]) -> list[tuple[st
             lambda n, w=whole, h=home: w.save_checkpoint(h, str(n), {"seen": n * 2}),
         )
         final = whole_state(whole)
-        for stop in range(STEPS + 1) if FULL else range(n % 3, STEPS + 1, 3):
+        for stop in range(STEPS + 1) if FULL else range(n % 5, STEPS + 1, 5):
             resumed = start(stage, bf16, name)
             again = record(resumed)
             path, client = resumed.load_checkpoint(home, str(stop))
@@ -115,15 +115,15 @@ def test_stopping_after_any_step_changes_nothing(tmp_path: Path) -> None:
         (2, False, "global"),
         (3, True, "2:4"),
         (3, False, "reference"),
-        (3, True, "fold"),
-        (2, True, "8bit"),
-        (3, False, "8bit"),
+        (3, True, "8bit"),
     ]
+    if FULL:
+        cases += [(3, True, "fold"), (2, True, "8bit")]
     for said, found in run_processes(2, every_step, str(tmp_path), cases)[0]:
         assert not found, (said, found)
 
 
-PAIRS = [(0, "fold"), (3, "fold"), (1, "2:4"), (3, "2:4"), (2, "reference"), (3, "reference")]
+PAIRS = [(0, "fold"), (3, "fold"), (1, "2:4"), (3, "reference")]
 if FULL:
     PAIRS = list(itertools.product((0, 1, 2, 3), ("fold", "2:4", "reference")))
 

@@ -111,9 +111,8 @@ def steps_of(run: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def unbroken(home: Path) -> Path:
-    running = launched(home, "--output_dir", "unbroken")
-    said = running.communicate(timeout=300)[0]
-    assert running.returncode == 0, said
+    ranks = bare(home, *[["--output_dir", "unbroken"]] * 2)
+    assert [rank.wait(300) for rank in ranks] == [0, 0], [rank.said() for rank in ranks]
     return home / "unbroken"
 
 
@@ -128,9 +127,8 @@ def test_a_signal_to_one_rank_stops_all_and_resume_goes_on(home: Path, unbroken:
     run = home / "signalled"
     [newest, *_] = checkpoints_in(run)
     assert find_problems(newest) == [] and not (run / "model.safetensors").exists()
-    running = launched(home, "--output_dir", "signalled", "--resume", "auto")
-    said = running.communicate(timeout=300)[0]
-    assert running.returncode == 0, said
+    ranks = bare(home, *[["--output_dir", "signalled", "--resume", "auto"]] * 2)
+    assert [rank.wait(300) for rank in ranks] == [0, 0], [rank.said() for rank in ranks]
     assert same(run, unbroken)
     assert steps_of(run) == steps_of(unbroken)
     assert len(checkpoints_in(run)) == 2  # save_total_limit

@@ -4,6 +4,7 @@ bf16, repaired optimizer state, exact files, exact resume, and awkward sizes."""
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.ranks import run_processes
 from tests.tiny import prune_, tiny_model
 from tests.zero.test_engine import config, live_mask, tokens
 
+FULL = bool(os.environ.get("SEFT_FULL"))
 ACCUMULATION = 6  # micro-batches a step over all ranks: 1, 2 and 3 ranks divide it
 
 
@@ -56,6 +58,8 @@ def split_batches(size: int) -> dict:
         (3, "reentrant"),
         (3, "nonreentrant"),
     ]
+    if not FULL and size > 1:  # each way on one other number of ranks
+        ways = ways[size % 2 :: 2]
     return {way: split_batch(size, *way) for way in ways}
 
 
@@ -71,7 +75,7 @@ def test_accumulation_clipping_and_checkpointing_agree_on_every_split() -> None:
 
 
 def bf16_run(stage: int, folder: str) -> None:
-    """30 steps in bf16, then: are the files what the engine computes with?"""
+    """16 steps in bf16, then: are the files what the engine computes with?"""
     from transformers import AutoModelForCausalLM
 
     import seft_ds
@@ -80,7 +84,7 @@ def bf16_run(stage: int, folder: str) -> None:
     source, target = Path(folder) / "source", Path(folder) / f"repaired-{stage}"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     engine, *_ = seft_ds.initialize(model=model, config=config(stage, bf16=True))
-    for step in range(30):
+    for step in range(16):
         ids = tokens(step)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
@@ -174,7 +178,9 @@ def fresh_updates(stage: int, repair: bool) -> list[float]:
 
 
 def fresh_updates_all() -> tuple[list[float], list[float]]:
-    repaired = [u for stage in (0, 1, 2, 3) for u in fresh_updates(stage, True)]
+    repaired = [
+        u for stage in ((0, 1, 2, 3) if FULL else (1, 3)) for u in fresh_updates(stage, True)
+    ]
     return repaired, fresh_updates(3, False)
 
 
@@ -214,7 +220,7 @@ def awkward(stage: int, scope: str, constant: bool) -> list:
     del settings["seft"]["density"]
     engine, *_ = seft_ds.initialize(model=model, config=settings)
     assert [s.target.n_slots for s in engine.seft.states] == [1, 1, 1]
-    for step in range(30):
+    for step in range(12):
         x = (
             torch.zeros(4, 7)
             if constant
@@ -320,7 +326,7 @@ def awkward_patterns() -> tuple[list, str]:
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.data[3, weight[3].nonzero()[0]] = 0.0
     engine, *_ = seft_ds.initialize(model=model, config=config(2))
-    for step in range(30):
+    for step in range(16):
         ids = tokens(step)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
