@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +176,38 @@ def test_resume_continues_to_the_same_model(home: Path, finished: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     final, again = (load_file(d / "model.safetensors") for d in (finished, home / "again"))
     assert all(torch.equal(final[n], again[n]) for n in final)
+
+
+def test_a_loss_that_is_not_the_models_is_refused(home: Path) -> None:
+    """TRL multiplies the last hidden states by the head itself; a model may do something in between."""
+
+    def cap_logits() -> None:
+        from transformers import LlamaForCausalLM
+
+        real = LlamaForCausalLM.forward
+
+        @functools.wraps(real)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = real(self, *args, **kwargs)
+            output.logits = 30 * torch.tanh(output.logits)
+            return output
+
+        LlamaForCausalLM.forward = forward
+
+    flags = ["--model_name_or_path", "pruned", "--train_file", "text.txt", "--output_dir", "capped"]
+    flags += [
+        "--max_length",
+        "16",
+        "--max_steps",
+        "2",
+        "--deepspeed",
+        str(ROOT / "ds_configs/zero3.json"),
+    ]
+    env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = forked.start("finetune", flags, home, env, cap_logits).finish(120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: TRL takes the loss of LlamaForCausalLM for" in done.stderr
+    assert not (home / "capped/sparsity.json").exists()
 
 
 def test_weights_come_back_from_the_dense_model(home: Path) -> None:
