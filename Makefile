@@ -25,7 +25,7 @@ lint: $(VENV)/.ready ## style and types
 	$(PY) -m mypy seft_ds launch
 
 test: lint ## style, types and all tests, with GPUs hidden; ARGS="-m 'not slow'" are passed to pytest
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 format: $(VENV)/.ready ## rewrite the files in the house style
 	$(PY) -m ruff check --fix .
