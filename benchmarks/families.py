@@ -1,6 +1,7 @@
 """Which families of models can be pruned and repaired: a tiny random model of each goes all the way.
 
-    python benchmarks/families.py                 # all of them, 10 to 20 minutes; writes the page
+    python benchmarks/families.py                 # all of them, an hour of one core; writes the page
+    python benchmarks/families.py --new           # those that have no row yet: goes on after an interruption
     python benchmarks/families.py falcon gpt2     # some, printed only; with --write their rows are replaced
     python benchmarks/families.py --page          # writes the page from the results that are there
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -192,7 +194,8 @@ def table(results: dict[str, Any]) -> str:
     counts = {r: sum(row.result == r for row in rows) for r in ("works", "refused", "FAILS")}
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     lines = [
-        f"`{results['command']}`, {results['date']}, {versions}, one CPU. {len(rows)} families: "
+        f"`{results['command']}`, {results['date']}, {versions}, one core. "
+        f"{len(rows)} of {len(families())} families were tried: "
         f"{counts['works']} work, {counts['refused']} are refused, {counts['FAILS']} fail.",
         "",
         "| family | result | pruned, of the blocks' weights | note |",
@@ -215,22 +218,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("family", nargs="*", help="model types; default: all")
     parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--new", action="store_true", help="only those without a row")
     parser.add_argument("--write", action="store_true", help="of some families: replace their rows")
     parser.add_argument("--keep", help="a folder that keeps what was made")
     options = parser.parse_args()
     if not options.page:
-        rows = try_all(options.family or families(), options.keep)
-        if options.family and not options.write:
+        kinds = options.family or families()
+        if options.new:
+            kinds = [kind for kind in kinds if kind not in {row["family"] for row in kept_rows()}]
+        elif not options.family:
+            RESULTS.unlink(missing_ok=True)
+        writes = options.write or not options.family
+        rows = try_all(kinds, options.keep, writes)
+        if not writes:
             return any(row.result == "FAILS" for row in rows)
-        write_results(rows, keep_others=bool(options.family))
     from benchmarks.blocks import put_block
 
     put_block(PAGE, "families", table(json.loads(RESULTS.read_text(encoding="utf-8"))))
     return 0
 
 
-def try_all(kinds: list[str], keep: str | None) -> list[Row]:
-    """A row a family, printed as it is known."""
+def try_all(kinds: list[str], keep: str | None, writes: bool) -> list[Row]:
+    """A row a family, printed and, with `writes`, kept as it is known."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -242,25 +251,32 @@ def try_all(kinds: list[str], keep: str | None) -> list[Row]:
             if keep:
                 shutil.copytree(folder, Path(keep) / kind, dirs_exist_ok=True)
         row = rows[-1]
+        if writes:
+            write_result(row)
         print(f"{kind}: {row.result} ({row.seconds} s, {row.share:.0%}) {row.note}", flush=True)
     return rows
 
 
-def write_results(rows: list[Row], keep_others: bool) -> None:
-    """Keep the rows with what they depend on; `keep_others`: those of other families stay as they are."""
+def kept_rows() -> list[dict[str, Any]]:
+    """The rows of former runs."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+
+
+def write_result(row: Row) -> None:
+    """Keep a row, in the order of the families; other families' stay as they are."""
     from seft_ds.checkpoint.export import versions
 
-    new = {row.family: asdict(row) for row in rows}
-    old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if keep_others else []
-    new = {row["family"]: row for row in old} | new
-    found = {k: v for k, v in versions().items() if k in ("torch", "transformers", "deepspeed")}
-    results = {
-        "command": "python benchmarks/families.py",
-        "date": datetime.date.today().isoformat(),
-        "versions": found,
-        "rows": [new[kind] for kind in families() if kind in new],
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    name = Path(tempfile.gettempdir()) / "seft-families.lock"
+    with open(name, "w") as lock:  # several of these may run
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = {row["family"]: row for row in kept_rows()} | {row.family: asdict(row)}
+        results = {
+            "command": "python benchmarks/families.py",
+            "date": datetime.date.today().isoformat(),
+            "versions": {k: versions()[k] for k in ("torch", "transformers", "deepspeed")},
+            "rows": [known[kind] for kind in families() if kind in known],
+        }
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The main job on a real model, on this machine: prune, repair at fixed sparsity, measure, verify.
 
     make quickstart                     # about 8 minutes on 2 CPU cores, set-up aside
-    make quickstart ARGS=--smoke        # the same in under 2 minutes, on fewer steps
+    make quickstart ARGS=--smoke        # the same in 2 to 6 minutes, on fewer steps
 
 Each step is an ordinary command, shown before it runs; copy them to repair a model of your own. A step
 whose result is there already is not run again; --fresh starts over. Ctrl-C stops in order, and the same

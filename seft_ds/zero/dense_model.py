@@ -80,7 +80,7 @@ def open_dense_model(
 ) -> DenseModel | None:
     """What `dense_model` names; None: nothing. A collective.
 
-    naming_in: what a folder's files call the model's tensors; a ValueError of it is passed on.
+    naming_in: what a folder's files call the model's tensors; a ValueError says that they don't fit.
 
     Raises:
         ValueError: on every rank: it is not the model that was pruned, or every weight has an N:M pattern.
@@ -96,7 +96,11 @@ def open_dense_model(
         )
 
     def open_and_look() -> DenseModel:
-        dense = DenseModel(folder, [a.target for a in free], naming_in(Path(folder)))
+        try:
+            naming = naming_in(Path(folder))
+        except ValueError as error:
+            raise ValueError(f"dense_model is not the model that was pruned: {error}") from error
+        dense = DenseModel(folder, [a.target for a in free], naming)
         target = free[0].target
         lo, hi = shard_range(target.numel, ranks.rank, ranks.size)
         dense.check_not_pruned(target.name, lo, mask.unpack(free[0].live_bits, hi - lo))
