@@ -145,7 +145,7 @@ def repair(folder: Path, row: Row) -> None:
             break
         except Ended as refusal:  # what it advises is done
             flags = next((f for said, f in ADVICE.items() if said in refusal.args[1]), None)
-            if flags is None or flags[1] in argv:
+            if flags is None or flags == argv[-len(flags) :]:
                 raise
             argv += flags  # the last of two equal flags counts
             row.note, row.flags = refusal.args[1], f"{row.flags} {' '.join(flags)}".strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from seft_ds.checkpoint.model import model_tensors
 from seft_ds.checkpoint.model_files import ModelFiles, load_config
@@ -51,8 +52,26 @@ def load_causal_lm(
             f"transformers can't load {files.folder} ({type(error).__name__}: {error}); some families were "
             "not made for ZeRO-3: try ZeRO stage 2 (ds_configs/zero2.json)"
         ) from error
+    restore_padding_rows(model, files, ranks)
     all_or_none(ranks, lambda: check_loaded_values(model, files, ranks))
     return model
+
+
+def restore_padding_rows(model: nn.Module, files: ModelFiles, ranks: Ranks) -> None:
+    """Give embeddings the padding token's row that the files have.
+
+    Some families of transformers set it to 0 after loading (Youtu in 5.23.0).
+    """
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+            continue
+        shape = shards.shape_of(module.weight)
+        [info] = stored_infos(files.naming, f"{prefix}.weight", shape, module.weight.dtype)
+        stored = files.stored.get(info.name)
+        if stored is not None:
+            begin = module.padding_idx * shape[1]
+            row = torch.arange(begin, begin + shape[1])
+            shards.write(module.weight, row, stored.read_flat(begin, begin + shape[1]), ranks)
 
 
 def check_loaded_values(model: Any, files: ModelFiles, ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seft_ds import naming
-from seft_ds.checkpoint.load import check_loaded_values
+from seft_ds.checkpoint.load import check_loaded_values, load_causal_lm
 from seft_ds.checkpoint.model_files import (
     ModelFiles,
     compare,
@@ -216,3 +216,15 @@ def test_a_model_that_was_changed_after_it_was_loaded_is_refused(tmp_path):
     model.resize_token_embeddings(40, mean_resizing=False)
     with pytest.raises(ValueError, match=r"\(32, 16\), the model has \(40, 16\).*save it"):
         compare(model, tmp_path, stored_tensors(tmp_path))
+
+
+def test_a_padding_row_that_transformers_sets_to_zero_is_that_of_the_files(tmp_path):
+    from benchmarks.family_models import make_model
+
+    make_model("youtu", tmp_path)
+    files = open_model_files(tmp_path)
+    wanted = load_file(tmp_path / "model.safetensors")[EMBEDDING]
+    (model,) = run_threads(1, lambda ranks: load_causal_lm(files, torch.float32, ranks))
+    embedding = model.get_input_embeddings()
+    assert embedding.padding_idx == 2 and wanted[2].any()
+    assert torch.equal(embedding.weight, wanted)
