@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import family_checks as checks
@@ -215,6 +217,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     os.environ.update(_ENV)
+    torch.set_num_threads(1)  # forks inherit no threads, and would wait for them
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("family", nargs="*", help="model types; default: all")
     parser.add_argument("--page", action="store_true", help="only write the page")

@@ -107,6 +107,10 @@ def loss_problems(pruned: Path, repaired: Path, line: str, balanced: bool) -> li
     ids = AutoTokenizer.from_pretrained(pruned)(line + "<eos>", return_tensors="pt")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(pruned).eval()
     with torch.no_grad():
+        embedding = model.get_input_embeddings().weight  # transformers may set its padding row to 0
+        for name, tensor in tensors_of(pruned).items():
+            if "embed" in name and tensor.shape == embedding.shape:
+                embedding.copy_(tensor)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     wanted = float(nn.functional.cross_entropy(logits, ids[0, 1:]))
     wanted += _balance(model, ids) if balanced else 0.0

@@ -126,8 +126,14 @@ class SparseSFTTrainer(SFTTrainer):
         model.eval()  # no dropout, which would also use up random numbers
         forget_order(self.model_wrapped)
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            try:
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                what = f"{type(self.model).__name__} here ({type(error).__name__}: {error})"
+                raise ValueError(
+                    f"transformers can't run {what}; try another version of it, or another ZeRO stage"
+                ) from error
             forget_order(self.model_wrapped)
             try:
                 fused = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
