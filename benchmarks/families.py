@@ -1,6 +1,6 @@
 """Which families of models can be pruned and repaired: a tiny random model of each goes all the way.
 
-    python benchmarks/families.py                 # all of them, an hour of one core; writes the page
+    python benchmarks/families.py                 # all of them, 22 minutes on one core; writes the page
     python benchmarks/families.py --new           # those that have no row yet: goes on after an interruption
     python benchmarks/families.py falcon gpt2     # some, printed only; with --write their rows are replaced
     python benchmarks/families.py --page          # writes the page from the results that are there
@@ -186,6 +186,7 @@ def try_family(kind: str, folder: Path) -> Row:
     except Exception as error:  # of the checks themselves: no reason to lose the other families
         row.result, row.note = "FAILS", f"{type(error).__name__}: {str(error)[:300]}"
     row.note = row.note.replace(str(folder), "DIR")
+    row.flags = row.flags.replace(f"{ROOT}/", "")
     row.seconds = round(time.monotonic() - start, 1)
     return row
 

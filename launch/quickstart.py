@@ -209,7 +209,7 @@ def commands(size: Size, inputs: Path, work: Path, ranks: int) -> list[Step]:
 
 
 def bf16_is_slow() -> bool:
-    """Whether all runs on a CPU without AVX-512: bf16 takes 7 times as long as float32 there."""
+    """Tell whether all runs on a CPU without AVX-512, where bf16 takes 7 times as long as float32."""
     return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 

@@ -1,4 +1,4 @@
-"""What holds for every test: it leaves no process group, no variable and no place of a rank behind.
+"""Rules for every test: no process group, no variable and no place of a rank is left behind.
 
 Later tests fork this process. A fork inherits a process group without its threads and waits for ever in its
 first collective, in another file than the one that is to blame.

@@ -116,9 +116,8 @@ def shapes_with(model: Any, targets: list[Target], others: list[int]) -> Shapes:
     routed = int(c.num_experts_per_tok) if any(t.experts for t in targets) else 0
     # What a token goes through: its experts' widths together, or a dense layer's.
     dense = getattr(c, "intermediate_size", 4 * c.hidden_size)
-    dense = (
-        max(dense) if isinstance(dense, list | tuple) else int(dense)
-    )  # one for all layers, or of each
+    # Gemma 3n has one for each layer.
+    dense = max(dense) if isinstance(dense, list | tuple) else int(dense)
     each = int(getattr(c, "moe_intermediate_size", None) or dense)
     shared = int(getattr(c, "n_shared_experts", None) or 0)
     latent = int(getattr(c, "qk_nope_head_dim", 0) or 0) + int(

@@ -33,10 +33,8 @@ from seft_ds.zero.shards import forget_order
 
 LOSS_NAME = "loss_since_log_{}.json"  # of each rank
 _COMPARED_TOKENS = 64
-_LOSS_TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.02,
-}  # both are rounded differently, by much less
+# Relative; the two losses are rounded differently, by much less.
+_LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02}
 
 
 class SparseSFTTrainer(SFTTrainer):

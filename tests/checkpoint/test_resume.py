@@ -118,7 +118,7 @@ def test_stopping_after_any_step_changes_nothing(tmp_path: Path) -> None:
         (3, True, "8bit"),
     ]
     if FULL:
-        cases += [(3, True, "fold"), (2, True, "8bit")]
+        cases += [(3, True, "fold"), (2, True, "8bit"), (3, False, "8bit")]
     for said, found in run_processes(2, every_step, str(tmp_path), cases)[0]:
         assert not found, (said, found)
 
