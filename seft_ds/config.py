@@ -33,6 +33,21 @@ _SECTIONS = (
     compression_training data_efficiency curriculum_learning aio nebula hybrid_engine compile timers
     tensor_parallel torch_autocast load_universal_checkpoint use_node_local_storage sequence_parallel_size"""
 ).split()
+# And in its "zero_optimization" section; a test compares them with DeepSpeed's own.
+_ZERO_NAMES = (
+    """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+    allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
+    elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size cpu_offload_param
+    cpu_offload_use_pin_memory cpu_offload stage3_prefetch_bucket_size stage3_param_persistence_threshold
+    stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance
+    stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
+    stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential
+    stage3_gather_fp16_weights_on_model_save ignore_unused_parameters legacy_stage1
+    round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights
+    zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
+    pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
+    save_muon_momentum_buffer_in_memory leaf_module"""
+).split()
 _TRAINABLE = "live|rank=[1-9][0-9]{0,8}"
 
 
@@ -315,6 +330,14 @@ def _check_zero(config: dict) -> None:
     if type(stage) is not int or not 0 <= stage <= 3:
         came = shown(section if stage is None else stage)
         raise ValueError(f'"zero_optimization" = {came}: wanted an object with a "stage" of 0 to 3')
+    # Those that are near nothing are left to DeepSpeed, whose next version may know them.
+    for name in section:
+        near = difflib.get_close_matches(str(name), _ZERO_NAMES, n=1, cutoff=0.7)
+        if name not in _ZERO_NAMES and near:
+            raise ValueError(
+                f'unknown name {shown(name)} in "zero_optimization" of the DeepSpeed config; '
+                f"did you mean {near[0]!r}?"
+            )
 
 
 def check_batch_sizes(config: dict, n_ranks: int) -> None:

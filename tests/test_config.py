@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from seft_ds.config import (
+    _ZERO_NAMES,
     check_batch_sizes,
     load_deepspeed_config,
     parse_seft,
@@ -80,6 +82,11 @@ def test_deepspeed_config_without_zero_or_file(tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": "3"}}', "'3'"),
         ('{"zero_optimization": {"stage": true}}', "True"),
         ('{"zero_optimization": {"stage": 3}, "zero_optimization": {}}', "twice"),
+        ('{"zero_optimization": {"stage": 3, "overlap_com": true}}', "did you mean 'overlap_comm'"),
+        (
+            '{"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}',
+            "stage3_prefetch_bucket_size",
+        ),
         ('{"zero_optimization": {}, "gradient_clipping": NaN}', "NaN"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -89,6 +96,11 @@ def test_bad_deepspeed_configs(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ValueError) as error:
         load_deepspeed_config(tmp_path / "c.json")
     assert said in str(error.value)
+
+
+def test_the_known_zero_names_are_those_of_deepspeed() -> None:
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(_ZERO_NAMES) == {field.alias or name for name, field in fields.items()}
 
 
 @pytest.mark.parametrize("value", [object(), {1: {2}}, float, b"x"])
