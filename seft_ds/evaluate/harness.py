@@ -161,6 +161,32 @@ def load_tasks(tasks: Sequence[str], manager: TaskManager) -> dict[str, Any]:
     return loaded
 
 
+def check_figure(name: str, loaded: dict[str, Any]) -> None:
+    """Check that `figures` will have `name`, as far as it can be known before anything is measured.
+
+    A task's metrics are known; what a filter or a group adds to their names isn't.
+
+    loaded: what `load_tasks` returned.
+
+    Raises:
+        ValueError: no task or group of that name, or none of the task's metrics.
+    """
+    tasks: dict[str, Any] = {}
+    groups: list[str] = []
+    for found in loaded.values():
+        tasks |= found["tasks"]
+        groups += found.get("groups", {})
+    if any(name.startswith(f"{group}_") for group in groups):
+        return
+    known = [f"{task}_{metric}" for task, what in tasks.items() for metric in what.aggregation()]
+    known = [figure.replace(" ", "_") for figure in known]
+    if not any(name == figure or name.startswith(f"{figure}_") for figure in known):
+        raise ValueError(
+            f"{name:.60} is no figure of the tasks; they have {', '.join(known[:20])}"
+            + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        )
+
+
 def reason(error: BaseException) -> str:
     """An error's type and first line."""
     lines = [line for line in str(error).splitlines() if line.strip()]

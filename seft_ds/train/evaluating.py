@@ -135,7 +135,8 @@ def prepare_measurement(
     """What the arguments ask for beside the loss; None if that is nothing. A collective.
 
     Raises:
-        ValueError: a task that lm-eval doesn't know, a text that fills no window.
+        ValueError: a task that lm-eval doesn't know, a text that fills no window, a
+            `metric_for_best_model` that no task measures.
     """
     tasks = [t.strip() for t in (evaluation.eval_tasks or "").split(",") if t.strip()]
     if not tasks and not evaluation.eval_text_file:
@@ -147,7 +148,10 @@ def prepare_measurement(
             from seft_ds.evaluate import harness
 
             manager = harness.task_manager(tasks, evaluation.eval_include_path)
-            harness.load_tasks(tasks, manager)
+            loaded = harness.load_tasks(tasks, manager)
+            best = (run.metric_for_best_model or "").removeprefix("eval_")
+            if best and best not in ("loss", "perplexity"):  # those are checked with the arguments
+                harness.check_figure(best, loaded)
         if evaluation.eval_text_file:
             text = perplexity.read_text(evaluation.eval_text_file)
             windows = perplexity.windows_of(

@@ -229,8 +229,9 @@ def check_best(values: dict[str, Any]) -> None:
         return
     rows = any(values[f] for f in ("validation_file", "dataset_test_split", "val_set_size"))
     measured = ["loss"] * rows + ["perplexity"] * bool(values["eval_text_file"])
-    # What a task measures is known when it has been measured.
-    if metric.removeprefix("eval_") not in measured and not values["eval_tasks"]:
+    name = metric.removeprefix("eval_")
+    of_tasks = values["eval_tasks"] and name not in ("loss", "perplexity")  # checked with the tasks
+    if name not in measured and not of_tasks:
         raise ValueError(
             f"--metric_for_best_model {metric:.60}: this run measures {' and '.join(measured) or 'nothing'} "
             "(docs/evaluation.md)"

@@ -14,6 +14,7 @@ from seft_ds.evaluate.harness import (
     answer_together,
     as_json,
     as_table,
+    check_figure,
     check_names,
     evaluate_tasks,
     figures,
@@ -214,6 +215,27 @@ def test_unknown_tasks_and_folders_are_named(task_folder, manager):
         task_manager(["tiny_choice"], str(folder / "absent"))
     with pytest.raises(ValueError, match="names no task"):
         task_manager([], None)
+
+
+def test_a_figure_is_known_before_it_is_measured(task_folder, manager):
+    """What an evaluation really returns passes; another name is refused with those that there are."""
+    names = ["tiny_choice", "tiny_rolling"]
+    loaded = load_tasks(names, manager)
+
+    def work(ranks):
+        return evaluate_tasks(
+            tiny_model(), tiny_tokenizer(), names, ranks, manager=manager, batch_size=2
+        )
+
+    [results] = run_threads(1, work)
+    measured = figures(results)
+    assert set(measured) == {"tiny_choice_acc", "tiny_rolling_word_perplexity"}
+    for name in measured:
+        check_figure(name, loaded)
+    check_figure("tiny_choice_acc_some-filter", loaded)
+    for name in ("piqa_acc", "tiny_choice", "tiny_choice_account", "acc"):
+        with pytest.raises(ValueError, match="they have tiny_choice_acc, tiny_rolling_word"):
+            check_figure(name, loaded)
 
 
 def test_a_task_that_fails_loses_no_other_result(task_folder, manager):

@@ -83,6 +83,8 @@ def test_the_lowest_perplexity_is_the_best(tmp_path: Path) -> None:
     assert parse([*base(tmp_path), *flags, "perplexity"]).run.greater_is_better is False
     with pytest.raises(ValueError, match="measures perplexity"):
         parse([*base(tmp_path), *flags, "loss"])
+    with pytest.raises(ValueError, match="measures perplexity"):  # tasks have no loss either
+        parse([*base(tmp_path), *flags, "loss", "--eval_tasks", "arc_easy"])
 
 
 def test_an_optimizer_by_flag_and_another_by_config(tmp_path: Path) -> None:
