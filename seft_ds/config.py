@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ _SECTIONS = (
     compression_training data_efficiency curriculum_learning aio nebula hybrid_engine compile timers
     tensor_parallel torch_autocast load_universal_checkpoint use_node_local_storage sequence_parallel_size"""
 ).split()
-# And in its "zero_optimization" section; a test compares them with DeepSpeed's own.
+# And in its "zero_optimization" section, where stage3_ may be left out; a test compares with DeepSpeed's own.
 _ZERO_NAMES = (
     """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
     allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
@@ -46,7 +47,9 @@ _ZERO_NAMES = (
     round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights
     zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
     pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
-    save_muon_momentum_buffer_in_memory leaf_module"""
+    save_muon_momentum_buffer_in_memory leaf_module prefetch_bucket_size param_persistence_threshold
+    model_persistence_threshold max_live_parameters max_reuse_distance gather_16bit_weights_on_model_save
+    module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential"""
 ).split()
 _TRAINABLE = "live|rank=[1-9][0-9]{0,8}"
 
@@ -311,12 +314,7 @@ def load_deepspeed_config(source: str | Path | dict) -> dict:
 
 def _check_sections(config: dict) -> None:
     """Raises ValueError for a name that is one of DeepSpeed's but for its spelling; it passes over them."""
-    for name in config:
-        near = difflib.get_close_matches(str(name), _SECTIONS, n=1, cutoff=0.7)
-        if name not in _SECTIONS and near:
-            raise ValueError(
-                f"unknown name {shown(name)} in the DeepSpeed config; did you mean {near[0]!r}?"
-            )
+    _check_spelling(config, _SECTIONS, "the DeepSpeed config")
 
 
 def _check_zero(config: dict) -> None:
@@ -331,13 +329,15 @@ def _check_zero(config: dict) -> None:
         came = shown(section if stage is None else stage)
         raise ValueError(f'"zero_optimization" = {came}: wanted an object with a "stage" of 0 to 3')
     # Those that are near nothing are left to DeepSpeed, whose next version may know them.
+    _check_spelling(section, _ZERO_NAMES, '"zero_optimization" of the DeepSpeed config')
+
+
+def _check_spelling(section: dict, known: Collection[str], where: str) -> None:
+    """ValueError for a name that is one of `known` but for its spelling."""
     for name in section:
-        near = difflib.get_close_matches(str(name), _ZERO_NAMES, n=1, cutoff=0.7)
-        if name not in _ZERO_NAMES and near:
-            raise ValueError(
-                f'unknown name {shown(name)} in "zero_optimization" of the DeepSpeed config; '
-                f"did you mean {near[0]!r}?"
-            )
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
+        if name not in known and near:
+            raise ValueError(f"unknown name {shown(name)} in {where}; did you mean {near[0]!r}?")
 
 
 def check_batch_sizes(config: dict, n_ranks: int) -> None:

@@ -182,7 +182,7 @@ def check_figure(name: str, loaded: dict[str, Any]) -> None:
     known = [figure.replace(" ", "_") for figure in known]
     if not any(name == figure or name.startswith(f"{figure}_") for figure in known):
         raise ValueError(
-            f"{name:.60} is no figure of the tasks; they have {', '.join(known[:20])}"
+            f"--metric_for_best_model {name:.60}: no figure of the tasks; they have {', '.join(known[:20])}"
             + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         )
 

@@ -218,7 +218,7 @@ def test_unknown_tasks_and_folders_are_named(task_folder, manager):
 
 
 def test_a_figure_is_known_before_it_is_measured(task_folder, manager):
-    """What an evaluation really returns passes; another name is refused with those that there are."""
+    """Every figure of a real evaluation passes; another name is refused with those that there are."""
     names = ["tiny_choice", "tiny_rolling"]
     loaded = load_tasks(names, manager)
 
