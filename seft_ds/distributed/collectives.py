@@ -7,10 +7,8 @@ Every method is a collective: all ranks call it, in the same order.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from contextlib import redirect_stdout
 from typing import Any, Protocol
 
 import torch
@@ -139,9 +137,9 @@ def init_ranks() -> ProcessRanks:
     own_tools_first()
     import deepspeed
 
-    clear_stale_locks()  # initialising loads an extension
-    with redirect_stdout(io.StringIO()):  # every rank would say that an extension was loaded
-        deepspeed.init_distributed(auto_mpi_discovery=False)
+    clear_stale_locks()  # of extensions that an engine may load: FusedAdam's, CPUAdam's
+    _leave_out_inference_op()
+    deepspeed.init_distributed(auto_mpi_discovery=False)
     del store  # the group has its own by now, served by the same process
     return ProcessRanks()
 
@@ -159,6 +157,17 @@ def _follow_group() -> None:
     )
     if index != torch.cuda.current_device():
         torch.cuda.set_device(index)
+
+
+def _leave_out_inference_op() -> None:
+    """Have DeepSpeed not load its all-reduce for inference on CPUs, which nothing in a training run calls.
+
+    It would need a compiler and two minutes of its work in each new environment, and take 69 MB of /dev/shm a
+    rank, which killed ranks leave there (deepspeed 0.19.8, comm/torch.py: `build_shm_op`).
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def own_tools_first() -> None:

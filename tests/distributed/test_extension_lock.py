@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from seft_ds.distributed.extension_lock import STALE_S, clear_stale_locks
+from tests.ranks import run_processes
 
 
 def test_only_a_dead_makers_lock_is_removed(
@@ -36,3 +37,18 @@ def test_only_a_dead_makers_lock_is_removed(
     young.touch()
     assert clear_stale_locks(stale_s=2.0) == [young]  # waited for
     assert time.monotonic() - begin > 1.5
+
+
+def joined(folder: str) -> tuple[list[str], object]:
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    from seft_ds.distributed.collectives import init_ranks
+
+    init_ranks()
+    from deepspeed import comm
+
+    return os.listdir(folder), comm.comm.cdb.shm_comm_op
+
+
+def test_joining_a_run_compiles_nothing(tmp_path: Path) -> None:
+    for files, operation in run_processes(2, joined, str(tmp_path)):
+        assert files == [] and operation is None
