@@ -28,7 +28,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from seft_ds.console import model_folder, prepare_device, quiet_libraries, run, torch_dtype
+from seft_ds.console import (
+    model_folder,
+    prepare_device,
+    quiet_libraries,
+    run,
+    torch_dtype,
+    uncollected,
+)
 from seft_ds.devices import settle_accelerator
 from seft_ds.errors import RunError
 
@@ -203,7 +210,8 @@ def main() -> None:
     set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
     quiet_libraries()
-    from seft_ds.train.flags import parse_options
+    with uncollected():
+        from seft_ds.train.flags import parse_options
 
     evaluate(parse_options(EvaluateArguments, __doc__))
 

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import os
 
-from seft_ds.console import prepare_device, run
+from seft_ds.console import prepare_device, run, uncollected
 from seft_ds.devices import asks_for_cpu
 
 
@@ -39,14 +39,15 @@ def main() -> None:
     if asks_for_cpu(sys.argv[1:]):
         os.environ["DS_ACCELERATOR"] = "cpu"
     prepare_device()
-    from seft_ds.distributed.collectives import close_ranks, init_ranks
-    from seft_ds.distributed.liveness import watch_peers
+    with uncollected():
+        from seft_ds.distributed.collectives import close_ranks, init_ranks
+        from seft_ds.distributed.liveness import watch_peers
 
-    # The ranks must have met before transformers builds its arguments: under ZeRO-3 it decides then
-    # how models are loaded.
-    ranks = init_ranks()
-    watch_peers(ranks)
-    from seft_ds.train.run import repair
+        # The ranks must have met before transformers builds its arguments: under ZeRO-3 it decides then
+        # how models are loaded.
+        ranks = init_ranks()
+        watch_peers(ranks)
+        from seft_ds.train.run import repair
 
     repair(sys.argv[1:], ranks)
     close_ranks()  # not after an error: the peers may not come

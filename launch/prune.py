@@ -41,6 +41,7 @@ from seft_ds.console import (
     quiet_libraries,
     run,
     torch_dtype,
+    uncollected,
 )
 from seft_ds.devices import settle_accelerator
 from seft_ds.prune.choose import Budget
@@ -427,7 +428,8 @@ def main() -> None:
     set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
     quiet_libraries()
-    from seft_ds.train.flags import parse_options
+    with uncollected():
+        from seft_ds.train.flags import parse_options
 
     prune(parse_options(PruneArguments, __doc__))
 

@@ -51,12 +51,13 @@ class Size:
     steps: int
     calibration_samples: int
     windows: int  # of 512 tokens, for perplexity
+    rows: int  # of 256 tokens, a step and rank
     interval: int
     must_fall: float  # repaired perplexity has to be below this share of the pruned one
 
 
-FULL = Size(steps=100, calibration_samples=32, windows=40, interval=20, must_fall=0.5)
-SMOKE = Size(steps=5, calibration_samples=4, windows=4, interval=2, must_fall=1.0)
+FULL = Size(steps=100, calibration_samples=32, windows=40, rows=2, interval=20, must_fall=0.5)
+SMOKE = Size(steps=5, calibration_samples=2, windows=2, rows=1, interval=2, must_fall=1.0)
 
 
 def main() -> int:
@@ -184,7 +185,8 @@ def commands(size: Size, inputs: Path, work: Path, ranks: int) -> list[Step]:
         *deepspeed, "launch/finetune.py", "--config", "launch/recipes/smollm2_135m_cpu.yaml",
         "--model_name_or_path", pruned, "--train_file", inputs / "train.txt",
         "--output_dir", repaired, "--deepspeed", "ds_configs/zero3.json",
-        "--max_steps", size.steps, "--seft.dense_model", dense, "--seft.interval", size.interval,
+        "--per_device_train_batch_size", size.rows, "--max_steps", size.steps,
+        "--seft.dense_model", dense, "--seft.interval", size.interval,
         "--seft.window", min(5, size.interval), "--resume", "auto",
     ]  # fmt: skip
     if (repaired / "sparsity.json").exists():  # stopped when only the report was missing

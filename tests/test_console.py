@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from seft_ds import console
+from seft_ds.console import uncollected
 from seft_ds.errors import RunError
 
 
@@ -109,3 +112,14 @@ def test_no_character_ends_the_run(tmp_path, encoding):
     assert in_fork(tmp_path, work) == (0, "warning: \\u27e6\n")
     shown = "caf\u00e9".encode(encoding, "backslashreplace")
     assert path.read_bytes() == b"first row: \\u27e6" + shown + b"\\u27e7\n"
+
+
+def test_imports_go_without_the_collector_and_what_follows_has_it_again(tmp_path: Path) -> None:
+    def work() -> int:
+        with suppress(KeyError), uncollected():
+            assert not gc.isenabled()
+            raise KeyError("no such module")
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+        return 7
+
+    assert in_fork(tmp_path, work) == (7, "")

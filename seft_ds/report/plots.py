@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 # Marker colours, unlikely to be produced by anything else, and what the page makes of them.
 INK, ONE, TWO, THREE = "#0a0b0c", "#0a0b01", "#0a0b02", "#0a0b03"
 _CSS = {INK: "currentColor", ONE: "var(--c1)", TWO: "var(--c2)", THREE: "var(--c3)"}
@@ -175,6 +172,9 @@ def _svg(
     draw: Callable[[Any], None], name: str, description: str, height_inches: float = 2.8
 ) -> str:
     """One figure as an <svg> element that is safe to put beside others in a page."""
+    import matplotlib  # here: every rank imports this module, one draws, at the end
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
         draw(figure)
