@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seft_ds.console import (
+    frozen_imports,
     model_folder,
     prepare_device,
     quiet_libraries,
     run,
     torch_dtype,
-    uncollected,
 )
 from seft_ds.devices import settle_accelerator
 from seft_ds.errors import RunError
@@ -210,7 +210,7 @@ def main() -> None:
     set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
     quiet_libraries()
-    with uncollected():
+    with frozen_imports():
         from seft_ds.train.flags import parse_options
 
     evaluate(parse_options(EvaluateArguments, __doc__))

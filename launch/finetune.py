@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import os
 
-from seft_ds.console import prepare_device, run, uncollected
+from seft_ds.console import frozen_imports, prepare_device, run
 from seft_ds.devices import asks_for_cpu
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     if asks_for_cpu(sys.argv[1:]):
         os.environ["DS_ACCELERATOR"] = "cpu"
     prepare_device()
-    with uncollected():
+    with frozen_imports():
         from seft_ds.distributed.collectives import close_ranks, init_ranks
         from seft_ds.distributed.liveness import watch_peers
 

@@ -35,13 +35,13 @@ import torch
 
 from seft_ds.checkpoint.origin import origin_of
 from seft_ds.console import (
+    frozen_imports,
     is_first_rank,
     model_folder,
     prepare_device,
     quiet_libraries,
     run,
     torch_dtype,
-    uncollected,
 )
 from seft_ds.devices import settle_accelerator
 from seft_ds.prune.choose import Budget
@@ -428,7 +428,7 @@ def main() -> None:
     set_outcome("stopped; nothing was written")
     settle_accelerator()  # before transformers, which imports DeepSpeed
     quiet_libraries()
-    with uncollected():
+    with frozen_imports():
         from seft_ds.train.flags import parse_options
 
     prune(parse_options(PruneArguments, __doc__))

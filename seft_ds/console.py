@@ -42,8 +42,8 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Import without the garbage collector; later collections pass over what has been imported.
+def frozen_imports() -> Iterator[None]:
+    """Freeze what is imported inside for the garbage collector: later collections pass over it.
 
     DeepSpeed, transformers and the collector itself start many, and each would walk over a million objects:
     a third of the time of a short run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from seft_ds import console
-from seft_ds.console import uncollected
+from seft_ds.console import frozen_imports
 from seft_ds.errors import RunError
 
 
@@ -116,10 +117,23 @@ def test_no_character_ends_the_run(tmp_path, encoding):
 
 def test_imports_go_without_the_collector_and_what_follows_has_it_again(tmp_path: Path) -> None:
     def work() -> int:
-        with suppress(KeyError), uncollected():
+        with suppress(KeyError), frozen_imports():
             assert not gc.isenabled()
             raise KeyError("no such module")
         assert gc.isenabled() and gc.get_freeze_count() > 0
         return 7
 
     assert in_fork(tmp_path, work) == (7, "")
+
+
+def test_what_was_frozen_is_freed_at_the_end_without_a_word() -> None:
+    """Triton's bindings report objects that are left when the interpreter ends."""
+    pytest.importorskip("triton")
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(console.__file__).parent.parent)!r})\n"
+        "from seft_ds.console import frozen_imports\n"
+        "with frozen_imports():\n"
+        "    import triton._C.libtriton\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

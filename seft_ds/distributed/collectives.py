@@ -138,7 +138,8 @@ def init_ranks() -> ProcessRanks:
     import deepspeed
 
     clear_stale_locks()  # of extensions that an engine may load: FusedAdam's, CPUAdam's
-    _leave_out_inference_op()
+    if device.type == "cpu":
+        _leave_out_inference_op()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     del store  # the group has its own by now, served by the same process
     return ProcessRanks()
@@ -163,7 +164,8 @@ def _leave_out_inference_op() -> None:
     """Have DeepSpeed not load its all-reduce for inference on CPUs, which nothing in a training run calls.
 
     It would need a compiler and two minutes of its work in each new environment, and take 69 MB of /dev/shm a
-    rank, which killed ranks leave there (deepspeed 0.19.8, comm/torch.py: `build_shm_op`).
+    rank, which killed ranks leave there (deepspeed 0.19.8, comm/torch.py: `build_shm_op`). Not called on
+    GPUs, where there is none: the first look at this table tries compilers and looks at each GPU.
     """
     from deepspeed import ops
 
